@@ -1,0 +1,156 @@
+"""Attention over slots, and what a policy gets to see of it.
+
+Axes: B rows, H query heads, H_kv KV heads, G query heads per KV head, Q queries, S slots,
+D head dimension. Logits and weights are float32 whatever the cache's dtype.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvpolicy.occupancy import Occupancy
+from kvpolicy.policy import CachePolicy, EvictionPolicy, View
+from kvpolicy.rotary import Rotary
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """One attention layer under a policy: everything that stays the same over a request.
+
+    Attributes:
+        policy: What is kept.
+        index: The layer's index in the model.
+        scale: Factor on query-key products, usually 1 / sqrt(D).
+        rotary: The model's RoPE; needed by ``rope=reindex`` only.
+        first_kv_head: Index of the first KV head here, when heads are split over devices.
+    """
+
+    policy: CachePolicy
+    index: int
+    scale: float
+    rotary: Rotary | None = None
+    first_kv_head: int = 0
+
+    @property
+    def occupancy(self) -> Occupancy:
+        """The policy's occupancy law."""
+        return self.policy.occupancy
+
+    @property
+    def eviction(self) -> EvictionPolicy | None:
+        """The policy if it ever evicts."""
+        return self.policy if isinstance(self.policy, EvictionPolicy) else None
+
+    @property
+    def needs_weights(self) -> bool:
+        """Whether decisions depend on attention weights."""
+        policy = self.eviction
+        return policy is not None and (
+            "last_row" in policy.needs or self.accumulates or policy.observes_every_token
+        )
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether every token's weights are folded into the slots' statistic."""
+        return self.eviction is not None and "accumulated" in self.eviction.needs
+
+    def logits(self, q: Tensor, keys: Tensor, evicted: Tensor) -> Tensor:
+        """Scaled query-key products, [B, H_kv, G, Q, S] float32.
+
+        Args:
+            q: [B, H, Q, D].
+            keys: [B, H_kv, S, D]; with ``rope=reindex`` the sinks are the first slots.
+            evicted: Tokens evicted before each query, broadcastable to [B, H, Q].
+        """
+        logits = query_key_products(q, keys, self.scale)
+        policy = self.eviction
+        if policy is None or policy.rope == "keep" or policy.sink_slots == 0:
+            return logits
+        assert self.rotary is not None, "hosts give the rotary embedding for rope=reindex"
+        turned = self.rotary.shift(q.float(), -evicted)
+        sinks = keys[:, :, : policy.sink_slots]
+        logits[..., : sinks.shape[2]] = query_key_products(turned, sinks, self.scale)
+        return logits
+
+    def pool(self, weights: Tensor) -> Tensor:
+        """Reduce weights [B, H_kv, G, Q, S] over query heads to [B, H_kv, Q, S]."""
+        policy = self.eviction
+        if policy is not None and policy.scope_is_layer:
+            return weights.mean(dim=(1, 2), keepdim=True)[:, :, 0].expand(
+                -1, weights.shape[1], -1, -1
+            )
+        match policy.group_reduction if policy is not None else "mean":
+            case "max":
+                return weights.amax(dim=2)
+            case "sum":
+                return weights.sum(dim=2)
+            case _:
+                return weights.mean(dim=2)
+
+    def view(
+        self,
+        *,
+        positions: Tensor,
+        valid: Tensor,
+        n: Tensor,
+        visible: Tensor,
+        weights: Tensor | None,
+        accumulated: Tensor | None,
+        keys: Tensor | None = None,
+        values: Tensor | None = None,
+    ) -> View:
+        """Show the policy one moment: what it declared in `needs`, and no more."""
+        policy = self.eviction
+        assert policy is not None, "only policies that evict look at slots"
+        heads = torch.arange(positions.shape[1], device=positions.device)
+        return View(
+            positions=positions,
+            valid=valid,
+            weights=weights if "last_row" in policy.needs else None,
+            accumulated=accumulated if self.accumulates else None,
+            keys=keys if "keys" in policy.needs else None,
+            values=values if "values" in policy.needs else None,
+            n=n.view(-1, 1, 1),
+            visible=visible.view(-1, 1, 1),
+            kv_heads=(heads + self.first_kv_head)[None, :, None],
+            budget=policy.budget,
+            layer=self.index,
+        )
+
+    def fold(self, accumulated: Tensor, weights: Tensor, visible: Tensor) -> Tensor:
+        """Fold consecutive attention rows into the slots' statistic.
+
+        Args:
+            accumulated: [B, H_kv, S] before the first of the rows.
+            weights: [B, H_kv, Q, S] pooled rows; zero where a query does not see a slot.
+            visible: Slots that each query sees, broadcastable to [B, 1, Q].
+
+        Returns:
+            [B, H_kv, S] after the last row.
+        """
+        assert self.eviction is not None
+        rule = self.eviction.accumulation
+        if rule.decay == 1.0 and not rule.relative:
+            return accumulated + weights.sum(dim=2)
+        num_rows = weights.shape[2]
+        ages = torch.arange(num_rows - 1, -1, -1, device=weights.device)
+        factors = rule.decay ** ages.float() * (visible if rule.relative else 1)  # [B, 1, Q]
+        added = (weights * factors[..., None]).sum(dim=2)
+        return accumulated * rule.decay**num_rows + added
+
+
+def query_key_products(q: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """q [B, H, Q, D] against keys [B, H_kv, S, D]: [B, H_kv, G, Q, S] float32."""
+    batch, heads, queries, dim = q.shape
+    kv_heads, slots = keys.shape[1:3]
+    rows = (q.float() * scale).reshape(batch, kv_heads, heads // kv_heads * queries, dim)
+    products = rows @ keys.float().transpose(-1, -2)
+    return products.view(batch, kv_heads, heads // kv_heads, queries, slots)
+
+
+def weighted_values(weights: Tensor, values: Tensor) -> Tensor:
+    """Weights [B, H_kv, G, Q, S] over values [B, H_kv, S, D]: [B, H, Q, D] float32."""
+    batch, kv_heads, group, queries, slots = weights.shape
+    mixed = weights.reshape(batch, kv_heads, group * queries, slots) @ values.float()
+    return mixed.view(batch, kv_heads * group, queries, values.shape[-1])

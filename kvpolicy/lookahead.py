@@ -1,0 +1,195 @@
+"""The look-ahead routine: many tokens at once, exactly as one by one.
+
+Within a layer the queries, keys and values of a block of tokens are known before its
+attention. So the logits of the block against (held slots + block) are one GEMM, and only
+softmax, scores and evictions walk the occupancy law's positions in order: between two
+evictions the visible set only grows. Policies that look at positions alone are decided
+before any attention, and their block is one masked GEMM. Prefill and trace replay share it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvpolicy.attention import AttentionLayer, weighted_values
+from kvpolicy.policy import View
+from kvpolicy.selection import select_victims
+from kvpolicy.slots import Slots, survivors
+
+BLOCK = 128
+"""Tokens looked ahead at once: large enough for GEMMs, small beside the budget."""
+
+
+def extend(layer: AttentionLayer, slots: Slots, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Process Q consecutive tokens of rows that have seen equally many; same as Q steps.
+
+    Args:
+        layer: The attention layer and its policy.
+        slots: State of the rows, all with the same `tokens`; changed in place.
+        q: [B, H, Q, D] queries.
+        k: [B, H_kv, Q, D] keys, rotated at the tokens' positions.
+        v: [B, H_kv, Q, D] values.
+
+    Returns:
+        [B, H, Q, D] in the dtype of q.
+    """
+    assert len(set(slots.tokens)) == 1, "rows of one call advance in lockstep"
+    outputs = [
+        _Block(layer, slots, q_block, k_block, v_block).run()
+        for q_block, k_block, v_block in zip(
+            q.split(BLOCK, dim=2), k.split(BLOCK, dim=2), v.split(BLOCK, dim=2), strict=True
+        )
+    ]
+    return torch.cat(outputs, dim=2).to(q.dtype)
+
+
+@dataclass
+class _Columns:
+    """Candidates of a block: the held slots, then the block's own tokens; S of each.
+
+    Attributes:
+        slots: Their keys, values, positions and statistic.
+        birth: [S] first query of the block that sees a column; 0 for held slots.
+        death: [B, H_kv, S] first query that does not see it any more; the block's size + 1
+            for columns that survive it.
+    """
+
+    slots: Slots
+    birth: Tensor
+    death: Tensor
+
+    def visible(self, first: int, last: int) -> Tensor:
+        """What queries [first, last) see; [B, H_kv, last - first, S] bool."""
+        queries = torch.arange(first, last, device=self.birth.device)[:, None]
+        return (queries >= self.birth) & (queries < self.death[:, :, None])
+
+
+class _Block:
+    """One block of look-ahead over rows in lockstep."""
+
+    def __init__(self, layer: AttentionLayer, slots: Slots, q: Tensor, k: Tensor, v: Tensor):
+        self.layer, self.slots, self.q = layer, slots, q
+        self.seen = slots.tokens[0]
+        self.size = q.shape[2]
+        self.columns = self._join(k, v)
+        self.logits = layer.logits(q, self.columns.slots.keys, self._evicted_before())
+
+    def run(self) -> Tensor:
+        """Decide, attend and store; [B, H, Q, D] float32."""
+        weights = self._walk() if self.layer.needs_weights else self._decide_then_attend()
+        self._store()
+        return weighted_values(weights, self.columns.slots.values)
+
+    def _join(self, k: Tensor, v: Tensor) -> _Columns:
+        """Lay the block's tokens beside the held slots."""
+        slots, held = self.slots, self.layer.occupancy.held(self.seen)
+        batch, kv_heads = k.shape[:2]
+        positions = torch.arange(self.seen, self.seen + self.size, device=k.device)
+        fresh = positions.expand(batch, kv_heads, -1)
+        joined = Slots(
+            keys=torch.cat([slots.keys[:, :, :held], k], dim=2),
+            values=torch.cat([slots.values[:, :, :held], v], dim=2),
+            positions=torch.cat([slots.positions[:, :, :held], fresh], dim=2),
+            accumulated=torch.cat(
+                [slots.accumulated[:, :, :held], torch.zeros_like(fresh, dtype=torch.float32)],
+                dim=2,
+            ),
+            tokens=[self.seen + self.size] * batch,
+        )
+        birth = (torch.arange(held + self.size, device=k.device) - held).clamp(min=0)
+        death = torch.full_like(joined.positions, self.size + 1)
+        return _Columns(joined, birth, death)
+
+    def _evicted_before(self) -> Tensor:
+        """Tokens evicted before each query; [Q]."""
+        counts = torch.arange(self.seen, self.seen + self.size, device=self.q.device)
+        return self.layer.occupancy.evicted(counts)
+
+    def _segments(self) -> list[tuple[int, int, bool]]:
+        """Split the block at the law's evictions: (first, last, evict after last), half-open."""
+        segments: list[tuple[int, int, bool]] = []
+        first = 0
+        while first < self.size:
+            due = self.layer.occupancy.next_due(self.seen + first)
+            last = self.size if due is None else min(self.size, due - self.seen)
+            segments.append((first, last, due == self.seen + last))
+            first = last
+        return segments
+
+    def _decide_then_attend(self) -> Tensor:
+        """Policies without feedback: all evictions first, then one masked softmax."""
+        for _, last, due in self._segments():
+            if due:
+                self._evict(last, None)
+        return self._softmax(0, self.size)
+
+    def _walk(self) -> Tensor:
+        """Policies with feedback: softmax, observe and evict from eviction to eviction."""
+        parts: list[Tensor] = []
+        policy = self.layer.eviction
+        one_by_one = policy is not None and policy.observes_every_token
+        for first, last, due in self._segments():
+            weights = self._softmax(first, last)
+            pooled = self.layer.pool(weights)  # [B, H_kv, last - first, S]
+            if one_by_one:
+                self._observe_each(first, pooled)
+            elif self.layer.accumulates:
+                seen = self._visible_counts(first, last)
+                columns = self.columns.slots
+                columns.accumulated = self.layer.fold(columns.accumulated, pooled, seen)
+            if due:
+                self._evict(last, pooled[:, :, -1])
+            parts.append(weights)
+        return torch.cat(parts, dim=3)
+
+    def _softmax(self, first: int, last: int) -> Tensor:
+        """Attention weights of queries [first, last); [B, H_kv, G, last - first, S]."""
+        hidden = ~self.columns.visible(first, last)[:, :, None]
+        return self.logits[:, :, :, first:last].masked_fill(hidden, -torch.inf).softmax(dim=-1)
+
+    def _visible_counts(self, first: int, last: int) -> Tensor:
+        """Slots seen by each query: one more than held before it; [Q]."""
+        counts = torch.arange(self.seen + first, self.seen + last, device=self.q.device)
+        return self.layer.occupancy.held(counts) + 1
+
+    def _observe_each(self, first: int, pooled: Tensor) -> None:
+        """Show a policy with its own `observe` every token of a segment."""
+        policy, columns = self.layer.eviction, self.columns.slots
+        assert policy is not None
+        for offset in range(pooled.shape[2]):
+            view = self._view(first + offset + 1, pooled[:, :, offset])
+            columns.accumulated = torch.where(
+                view.valid, policy.observe(view), columns.accumulated
+            )
+
+    def _evict(self, last: int, pooled: Tensor | None) -> None:
+        """Evict after the block's first `last` tokens."""
+        policy = self.layer.eviction
+        assert policy is not None, "only policies that evict are ever due"
+        victims = select_victims(policy, self._view(last, pooled), self.layer.occupancy.interval)
+        self.columns.death.masked_fill_(victims, last)
+
+    def _view(self, last: int, pooled: Tensor | None) -> View:
+        """What the policy sees after the block's first `last` tokens."""
+        columns = self.columns.slots
+        n = torch.full((self.q.shape[0],), self.seen + last, device=self.q.device)
+        return self.layer.view(
+            positions=columns.positions,
+            valid=self.columns.visible(last - 1, last)[:, :, 0],
+            n=n,
+            visible=self.layer.occupancy.held(n - 1) + 1,
+            weights=pooled,
+            accumulated=columns.accumulated,
+            keys=columns.keys,
+            values=columns.values,
+        )
+
+    def _store(self) -> None:
+        """Move the survivors back into the rows' storage."""
+        columns, limit = self.columns.slots, self.layer.occupancy.capacity
+        total, held = columns.capacity, self.layer.occupancy.held(self.seen + self.size)
+        if held < total:
+            dead = self.columns.death <= self.size
+            columns = columns.keep(survivors(dead, total, total - held))
+        self.slots.put_rows(list(range(self.q.shape[0])), columns, limit)

@@ -1,0 +1,419 @@
+"""The interface of a retention policy: what it is configured with, sees and decides.
+
+Three roles, three types. A policy (``CachePolicy``) is frozen configuration. The state of a
+request (``kvpolicy.slots.Slots`` or the pages of a server) belongs to the host. A ``View``
+shows a policy one layer of that state; its answer is a tensor of scores. Policies decide,
+hosts move memory.
+
+Axes: B rows (requests), H_kv KV heads, S slots, D head dimension.
+"""
+
+import math
+from dataclasses import MISSING, dataclass, field, fields
+from types import NoneType
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Literal,
+    dataclass_transform,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+from kvpolicy.errors import PolicyError
+from kvpolicy.occupancy import Occupancy
+from kvpolicy.spec import Value, format_value, parse_number, parse_spans
+
+if TYPE_CHECKING:
+    from dataclasses import Field
+
+    from torch import Tensor
+
+Spans = tuple[tuple[int, int], ...]
+
+NEEDS = ("last_row", "accumulated", "keys", "values")
+"""What a policy may ask to see beside positions (``CachePolicy.needs``)."""
+
+
+@dataclass(frozen=True)
+class View:
+    """One layer's slots as a policy sees them, after the newest token's attention.
+
+    Slot order means nothing: slots carry explicit positions. Entries where `valid` is False
+    are meaningless and must not influence the others. What a policy did not declare in
+    `needs` is None.
+
+    Attributes:
+        positions: [B, H_kv, S] int64, number of real tokens before the slot's token.
+        valid: [B, H_kv, S] bool, which slots are held.
+        weights: [B, H_kv, S] float32, the newest token's attention row, reduced over the
+            query heads as `group_pool` and `scope` say; zero where not valid.
+        accumulated: [B, H_kv, S] float32, the statistic kept with each slot.
+        keys: [B, H_kv, S, D] as cached (rotated at their original positions).
+        values: [B, H_kv, S, D].
+        n: [B, 1, 1] int64, tokens seen so far, the newest included.
+        visible: [B, 1, 1] int64, slots the newest token attended to.
+        kv_heads: [1, H_kv, 1] int64, index of each KV head in the whole model.
+        budget: Slots kept per KV head after an eviction.
+        layer: Index of the layer.
+    """
+
+    positions: "Tensor"
+    valid: "Tensor"
+    weights: "Tensor | None"
+    accumulated: "Tensor | None"
+    keys: "Tensor | None"
+    values: "Tensor | None"
+    n: "Tensor"
+    visible: "Tensor"
+    kv_heads: "Tensor"
+    budget: int
+    layer: int
+
+
+@dataclass(frozen=True)
+class Accumulation:
+    """How hosts fold each attention row into a slot's accumulated statistic.
+
+    For every token: accumulated <- decay * accumulated + weight * (visible if relative else 1).
+
+    Attributes:
+        decay: Factor applied before each token's addition (A2SF, arXiv 2407.20485).
+        relative: Measure a weight in multiples of the uniform one, 1 / visible slots.
+    """
+
+    decay: float = 1.0
+    relative: bool = False
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+class CachePolicy:
+    """Frozen configuration of a retention policy; subclasses become dataclasses.
+
+    Public fields are the spec's keys, in order; ``field(metadata={"key": ...})`` renames one.
+
+    Attributes:
+        name: The policy's name in specs.
+        paper: Where it was published.
+        needs: What its decisions depend on beside positions, out of ``NEEDS``.
+        rope_beyond: ``allow`` lets positions run past the model's trained length.
+    """
+
+    name: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    rope_beyond: Literal["refuse", "allow"] = "refuse"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Turn every subclass into a frozen, keyword-only dataclass."""
+        super().__init_subclass__(**kwargs)
+        dataclass(frozen=True, kw_only=True)(cls)
+
+    def __post_init__(self) -> None:
+        """Validate every parameter by its annotation, then the policy as a whole."""
+        unknown = set(self.needs) - set(NEEDS)
+        if unknown:
+            raise PolicyError(f"{self}: unknown needs {sorted(unknown)}; choose from {NEEDS}")
+        for key, parameter in parameters(type(self)).items():
+            parameter.check(getattr(self, parameter.attribute), f"{self.name or type(self)}:{key}")
+        self.validate()
+
+    def validate(self) -> None:
+        """Refuse impossible combinations of parameters with a PolicyError."""
+
+    @property
+    def occupancy(self) -> Occupancy:
+        """The law that says how many slots are held; the base keeps everything."""
+        return Occupancy(retained=None)
+
+    def __str__(self) -> str:
+        """The canonical spec: required keys and whatever differs from its default."""
+        items = [
+            f"{key}={format_value(value)}"
+            for key, parameter in parameters(type(self)).items()
+            if (value := getattr(self, parameter.attribute)) != parameter.default_for(self)
+        ]
+        name = self.name if _is_registered(self) else import_path(type(self))
+        return f"{name}:{','.join(items)}" if items else name
+
+
+class EvictionPolicy(CachePolicy):
+    """A policy that keeps a budget of tokens by evicting the lowest-scored slots.
+
+    Attributes:
+        budget: Slots kept per KV head of each layer after an eviction.
+        interval: Tokens between two evictions; default max(1, budget // 16).
+        prefill: ``stream`` evicts from the first token on, ``bulk`` once after the prompt.
+        protect: Half-open position spans that are never evicted, ``(a:b,c:d)``.
+        rope: ``keep`` leaves keys at their original rotation, ``reindex`` attends at cache
+            ranks (StreamingLLM); only where `reindexable`.
+    """
+
+    reindexable: ClassVar[bool] = False
+
+    budget: int
+    interval: int | None = None
+    prefill: Literal["stream", "bulk"] = "stream"
+    protect: Spans = ()
+    rope: Literal["keep", "reindex"] = "keep"
+
+    def __post_init__(self) -> None:
+        """Fill in the default interval before validating."""
+        if self.interval is None and isinstance(self.budget, int):
+            object.__setattr__(self, "interval", default_interval(self.budget))
+        super().__post_init__()
+
+    def validate(self) -> None:
+        """Refuse budgets that cannot hold what is protected."""
+        if self.budget < 1 or self.occupancy.interval < 1:
+            raise PolicyError(
+                f"{self.name}: budget and interval must be at least 1, "
+                f"got budget={self.budget}, interval={self.interval}"
+            )
+        for first, last in self.protect:
+            if not 0 <= first < last:
+                raise PolicyError(f"{self.name}: protect span {first}:{last} is empty; need a < b")
+        if self.rope == "reindex" and (not self.reindexable or self.protect):
+            raise PolicyError(
+                f"{self}: rope=reindex is exact only where the kept tokens are the first and "
+                "the most recent ones (window, sinks, without protect); use rope=keep"
+            )
+        protected = self.protected_slots
+        if protected > self.budget:
+            raise PolicyError(
+                f"{self.name}: {protected} slots are protected but budget={self.budget}; "
+                "raise budget or protect fewer tokens"
+            )
+
+    @property
+    def occupancy(self) -> Occupancy:
+        """Sawtooth between `budget` and `budget` + `interval`."""
+        assert self.interval is not None, "filled in by __post_init__"
+        return Occupancy(retained=self.budget, interval=self.interval)
+
+    @property
+    def sink_slots(self) -> int:
+        """Number of first tokens that are never evicted."""
+        return 0
+
+    @property
+    def recent_slots(self) -> int:
+        """Number of newest tokens, the current one included, that are never evicted."""
+        return 0
+
+    @property
+    def protected_slots(self) -> int:
+        """Most slots that can be protected at once."""
+        pinned, end = 0, self.sink_slots
+        for first, last in sorted(self.protect):
+            pinned += max(0, last - max(first, end))
+            end = max(end, last)
+        return self.sink_slots + self.recent_slots + pinned
+
+    @property
+    def scope_is_layer(self) -> bool:
+        """Whether all KV heads of a layer keep one common set."""
+        return False
+
+    @property
+    def group_reduction(self) -> str:
+        """How a KV head's query heads are reduced: mean, max or sum."""
+        return "mean"
+
+    @property
+    def accumulation(self) -> Accumulation:
+        """How the accumulated statistic is kept; used when `needs` has ``accumulated``."""
+        return Accumulation()
+
+    def score(self, view: View) -> "Tensor":
+        """Rate every slot for one eviction: [B, H_kv, S], any real dtype, higher is kept.
+
+        Equal scores evict the lowest position first. Rows must not influence each other.
+        """
+        raise PolicyError(f"{type(self).__name__} defines no score(view) method; add one")
+
+    def observe(self, view: View) -> "Tensor":
+        """Give the slots' new accumulated statistic [B, H_kv, S], once per token.
+
+        Overriding it replaces `accumulation` and makes hosts stop at every token, which is
+        slower; the statistic of a new slot starts at zero.
+        """
+        raise PolicyError(f"{type(self).__name__} defines no observe(view) method")
+
+    @property
+    def observes_every_token(self) -> bool:
+        """Whether the class brings its own `observe`."""
+        return type(self).observe is not EvictionPolicy.observe
+
+
+class ScorePolicy(EvictionPolicy):
+    """The easy path for authors: subclass, declare `needs`, write ``score(view)``.
+
+    Attributes:
+        sinks: First tokens that are never evicted.
+        recent: Newest tokens that are never evicted; a float is a fraction of the budget.
+        scope: ``head`` gives every KV head its own set, ``layer`` one set to all heads.
+        group_pool: Reduction from the query heads of a KV head, for ``scope=head``.
+    """
+
+    sinks: int = 0
+    recent: int | float = 0
+    scope: Literal["head", "layer"] = "head"
+    group_pool: Literal["mean", "max", "sum"] = "mean"
+
+    def validate(self) -> None:
+        """Refuse protection that cannot fit and reductions that would be ignored."""
+        if self.sinks < 0 or self.recent < 0:
+            raise PolicyError(f"{self.name}: sinks and recent must not be negative")
+        if isinstance(self.recent, float) and self.recent > 1.0:
+            raise PolicyError(
+                f"{self.name}: recent={self.recent} is a fraction of the budget and must lie "
+                "in 0.0..1.0; write an int for a number of tokens"
+            )
+        if self.sinks and self.budget <= self.sinks:
+            raise PolicyError(
+                f"{self.name}: budget must exceed sinks, got budget={self.budget}, "
+                f"sinks={self.sinks}; raise budget or lower sinks"
+            )
+        if self.scope == "layer" and self.group_pool != "mean":
+            raise PolicyError(
+                f"{self.name}: scope=layer takes the mean over all query heads; "
+                f"drop group_pool={self.group_pool} or use scope=head"
+            )
+        super().validate()
+
+    @property
+    def sink_slots(self) -> int:
+        """Number of first tokens that are never evicted."""
+        return self.sinks
+
+    @property
+    def recent_slots(self) -> int:
+        """Number of newest tokens that are never evicted."""
+        if isinstance(self.recent, float):
+            return math.floor(self.recent * self.budget)
+        return self.recent
+
+    @property
+    def scope_is_layer(self) -> bool:
+        """Whether all KV heads of a layer keep one common set."""
+        return self.scope == "layer"
+
+    @property
+    def group_reduction(self) -> str:
+        """How a KV head's query heads are reduced."""
+        return self.group_pool
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One spec key of a policy class.
+
+    Attributes:
+        attribute: Field name on the policy.
+        kind: The annotation: int, float, bool, str, a union, a Literal or Spans.
+        default: Default value, or MISSING when the key is required.
+    """
+
+    attribute: str
+    kind: Any
+    default: Any
+
+    @property
+    def is_required(self) -> bool:
+        """Whether a spec must give the key."""
+        return self.default is MISSING
+
+    def default_for(self, policy: CachePolicy) -> Any:
+        """The value that a spec may leave out, given the policy's other parameters."""
+        if self.attribute == "interval" and isinstance(policy, EvictionPolicy):
+            return default_interval(policy.budget)
+        return self.default
+
+    @property
+    def kinds(self) -> tuple[type, ...]:
+        """The plain types of a value, absence left out."""
+        return tuple(kind for kind in get_args(self.kind) or (self.kind,) if kind is not NoneType)
+
+    def describe(self) -> str:
+        """Say which values the key takes."""
+        if get_origin(self.kind) is Literal:
+            return " | ".join(str(choice) for choice in get_args(self.kind))
+        if self.kind == Spans:
+            return "spans (a:b,c:d)"
+        return " or ".join(kind.__name__ for kind in self.kinds)
+
+    def read(self, text: str, where: str) -> Any:
+        """Convert a spec's text into a value of this parameter's type."""
+        value: Value | None
+        if self.kind == Spans:
+            value = parse_spans(text)
+        elif self.kind is bool:
+            value = {"true": True, "false": False}.get(text.lower())
+        elif self.kind is str or get_origin(self.kind) is Literal:
+            value = text
+        else:
+            value = parse_number(text)
+        if value is None:
+            raise PolicyError(f"{where}: got {text!r}, expected {self.describe()}")
+        return value
+
+    def check(self, value: Any, where: str) -> None:
+        """Raise PolicyError unless `value` has this parameter's type."""
+        if get_origin(self.kind) is Literal:
+            fits = value in get_args(self.kind)
+        elif self.kind == Spans:
+            fits = isinstance(value, tuple)
+        else:
+            kinds = (*self.kinds, int) if float in self.kinds else self.kinds
+            fits = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+        if not fits:
+            raise PolicyError(f"{where}: got {value!r}, expected {self.describe()}")
+
+
+def default_interval(budget: int) -> int:
+    """Tokens between evictions unless said otherwise: at most 6 % above the budget."""
+    return max(1, budget // 16)
+
+
+def parameters(cls: type[CachePolicy]) -> dict[str, Parameter]:
+    """The spec keys of a policy class, required ones first, in declaration order."""
+    hints = get_type_hints(cls)
+    table = {_key(f): Parameter(f.name, hints[f.name], f.default) for f in _own_first(cls)}
+    return dict(sorted(table.items(), key=lambda item: not item[1].is_required))
+
+
+def _own_first(cls: type[CachePolicy]) -> "list[Field[Any]]":
+    """Dataclass fields with the class's own before the common ones."""
+    inherited = {f.name for base in (ScorePolicy, EvictionPolicy, CachePolicy) for f in _fields(base)}
+    return sorted(_fields(cls), key=lambda f: f.name in inherited)
+
+
+def _fields(cls: type) -> "tuple[Field[Any], ...]":
+    return fields(cls)
+
+
+def _key(item: "Field[Any]") -> str:
+    return item.metadata.get("key", item.name)
+
+
+def spec_key(key: str, default: Any) -> Any:
+    """Declare a field whose spec key differs from its attribute name."""
+    return field(default=default, metadata={"key": key})
+
+
+def import_path(cls: type) -> str:
+    """Dotted path under which other processes can import a class."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _is_registered(policy: CachePolicy) -> bool:
+    from kvpolicy import registry
+
+    return registry.is_registered(type(policy))
+
+
+dataclass(frozen=True, kw_only=True)(CachePolicy)
