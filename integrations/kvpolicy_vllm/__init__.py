@@ -1,0 +1,81 @@
+"""kvpolicy in stock vLLM: retention policies through vLLM's plugin interfaces only."""
+
+from typing import TYPE_CHECKING, Any
+
+from kvpolicy import PolicyError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from vllm import LLM
+
+__all__ = ["engine_args", "ledger", "register", "retained_positions"]
+
+
+def register() -> None:
+    """vLLM's plugin entry point; see `kvpolicy_vllm.plugin`."""
+    from kvpolicy_vllm import plugin
+
+    plugin.register()
+
+
+def engine_args(policy: str, **arguments: Any) -> dict[str, Any]:
+    """Engine arguments that run a policy: ``LLM(model, **engine_args("h2o:budget=1024"))``.
+
+    Args:
+        policy: The policy's spec.
+        **arguments: Further engine arguments; `additional_config` is merged.
+
+    Raises:
+        PolicyError: The spec is wrong.
+        UnsupportedError: The installed vLLM release is not supported.
+    """
+    from kvpolicy_vllm.cli import engine_settings
+    from kvpolicy_vllm.plugin import check_version
+
+    check_version()
+    settings = engine_settings(str(policy))
+    extra = arguments.pop("additional_config", None) or {}
+    return {**settings, **arguments, "additional_config": {**extra, **settings["additional_config"]}}
+
+
+def ledger(llm: "LLM") -> dict[str, Any]:
+    """Ledgers of an engine: ``{"totals": {...}, "requests": {request id: {...}}}``.
+
+    Totals cover the finished requests listed, the latest 4,096.
+
+    Raises:
+        PolicyError: The engine was made without `engine_args` or ``--kv-policy``.
+        LedgerError: A request's evictions differ from its occupancy law.
+    """
+    return _call(llm, "kvpolicy_ledger")
+
+
+def retained_positions(llm: "LLM", request_id: str, layer: int) -> "Tensor":
+    """Positions that a request holds in a layer: [H_kv, kept] int64, ascending.
+
+    Works while the request runs and, for the latest 64 requests, after it finished.
+
+    Raises:
+        PolicyError: The request or the layer is unknown, or its state is gone.
+    """
+    import torch
+
+    positions = _call(llm, "kvpolicy_retained_positions", request_id, layer)
+    if positions is None:
+        raise PolicyError(
+            f"no retained positions of request {request_id!r} in layer {layer}: it is unknown, "
+            "or more than 64 requests finished since; ask right after it finishes"
+        )
+    return torch.tensor(positions, dtype=torch.int64)
+
+
+def _call(llm: "LLM", method: str, *args: Any) -> Any:
+    extension = llm.llm_engine.vllm_config.parallel_config.worker_extension_cls
+    from kvpolicy_vllm.cli import EXTENSION
+
+    if extension != EXTENSION:
+        raise PolicyError(
+            "this engine has no ledger extension; construct it with "
+            "LLM(model, **kvpolicy_vllm.engine_args(SPEC))"
+        )
+    return llm.collective_rpc(method, args=args)[0]

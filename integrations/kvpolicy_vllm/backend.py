@@ -1,0 +1,299 @@
+"""vLLM's CPU attention over retained slots.
+
+The backend is vLLM's own, with another page layout (a state tail), a plan instead of plain
+metadata, and an implementation that writes, attends and evicts in that order.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+from vllm import _custom_ops as ops
+from vllm import envs
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backend import AttentionType
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadataBuilder,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
+
+from kvpolicy import EvictionPolicy, UnsupportedError
+from kvpolicy.attention import AttentionLayer
+from kvpolicy.rotary import Rotary
+from kvpolicy_vllm.config import check_engine
+from kvpolicy_vllm.engine import Engine
+from kvpolicy_vllm.execution import decide, walk
+from kvpolicy_vllm.pages import Cells, Pages
+from kvpolicy_vllm.plan import InPlace, Plan, Row, make_plan
+from kvpolicy_vllm.spec import RetentionSpec
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+
+@dataclass
+class RetentionMetadata:
+    """What the layers need of one forward.
+
+    Attributes:
+        plan: The rows and what is done with them.
+        scheduler_metadata: The kernel's own plan for the rows attended in place.
+    """
+
+    plan: Plan
+    scheduler_metadata: Tensor | None
+
+
+class RetentionBackend(CPUAttentionBackend):
+    """CPU attention under a policy; `backend_for` makes one subclass per engine."""
+
+    forward_includes_kv_cache_update = True
+    engine_key: ClassVar[str] = ""
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """Exchange a full-attention layer's spec for one whose slots are reused.
+
+        Raises:
+            UnsupportedError: The layer is not plain full attention.
+        """
+        policy = Engine.of(cls.engine_key).policy
+        if type(spec) is not FullAttentionSpec or spec.head_size_v != spec.head_size:
+            raise UnsupportedError(
+                f"kv_policy={policy} needs layers of plain full attention, "
+                f"got {type(spec).__name__}; choose another model or drop the policy"
+            )
+        return RetentionSpec.from_full(spec, policy.occupancy, cls.engine_key)
+
+    @staticmethod
+    def get_impl_cls() -> type["RetentionImpl"]:
+        """The attention implementation."""
+        return RetentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type["RetentionMetadataBuilder"]:
+        """The planner."""
+        return RetentionMetadataBuilder
+
+
+def backend_for(vllm_config: "VllmConfig") -> type[RetentionBackend]:
+    """The backend class of one engine: specs are made where no configuration is current."""
+    return type(
+        RetentionBackend.__name__, (RetentionBackend,), {"engine_key": vllm_config.instance_id}
+    )
+
+
+class RetentionMetadataBuilder(CPUAttentionMetadataBuilder):
+    """Plans every forward once for all layers."""
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: "VllmConfig",
+        device: torch.device,
+    ) -> None:
+        """Find the engine, and tell its book what a block costs."""
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.engine = Engine.of(vllm_config.instance_id)
+        self.engine.book.page_bytes = kv_cache_spec.page_size_bytes
+        self.engine.book.full_page_bytes = kv_cache_spec.unpadded_page_size_bytes
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: "CommonAttentionMetadata",
+        fast_build: bool = False,
+    ) -> RetentionMetadata:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Plan a forward from the batch's lengths and block table."""
+        common = common_attn_metadata
+        rows = self._rows(common)
+        plan = make_plan(
+            rows, common.block_table_tensor, self.block_size, common.num_actual_tokens
+        )
+        scheduled = None if plan.in_place is None else self._schedule(plan.in_place)
+        return RetentionMetadata(plan, scheduled)
+
+    def _rows(self, common: "CommonAttentionMetadata") -> list[Row]:
+        """The rows of live requests; dummy rows of warm-up own no blocks."""
+        starts = common.query_start_loc_cpu.tolist()
+        lengths = common.seq_lens.tolist()
+        first_blocks = common.block_table_tensor[:, 0].tolist()
+        rows: list[Row] = []
+        for index in range(common.num_reqs):
+            count = starts[index + 1] - starts[index]
+            account = self.engine.book.account_at(first_blocks[index])
+            if count == 0 or account is None:
+                continue
+            policy = self.engine.policy_of_row(index)
+            row = Row(index, policy, starts[index], count, lengths[index] - count, account)
+            account.policy, account.tokens = policy, row.total
+            rows.append(row)
+        return rows
+
+    def _schedule(self, part: InPlace) -> Tensor:
+        """The kernel's own plan over the slots of the rows attended in place."""
+        return ops.cpu_attn_get_scheduler_metadata(
+            num_reqs=len(part.rows),
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            seq_lens=part.seq_lens,
+            dtype=self.dtype,
+            query_start_loc=part.query_start_loc,
+            causal=True,
+            sliding_window_size=-1,
+            isa=self.isa,
+            enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
+            dynamic_causal=None,
+            kv_cache_dtype=self.kv_cache_dtype,
+        )
+
+
+class RetentionImpl(CPUAttentionBackendImpl):
+    """Append, attend, observe, evict: design order, for every row of a batch."""
+
+    def __init__(self, num_heads: int, head_size: int, *args: Any, **kwargs: Any) -> None:
+        """Refuse engines and layers under which the policy could not keep its promises."""
+        super().__init__(num_heads, head_size, *args, **kwargs)
+        vllm_config = get_current_vllm_config()
+        self.engine = Engine.of(vllm_config.instance_id)
+        check_engine(vllm_config, self.engine.policy)
+        self._check_layer()
+        self.engine.has_layers = True
+        self.rotary = _plain_rotary(vllm_config.model_config.hf_text_config, head_size)
+        if _reindexes(self.engine.policy) and self.rotary is None:
+            raise UnsupportedError(
+                f"{self.engine.policy}: rope=reindex needs plain rotary embeddings without "
+                "scaling; use rope=keep"
+            )
+        self._layers: dict[Any, AttentionLayer] = {}
+        self._pages: Pages | None = None
+
+    def _check_layer(self) -> None:
+        """Refuse attention that is more than a causal softmax over keys."""
+        features = {
+            "sliding windows": self.sliding_window != -1,
+            "ALiBi": self.alibi_slopes is not None,
+            "logit soft-capping": self.logits_soft_cap != 0,
+            "attention sinks as parameters": self.sinks is not None,
+            "shared KV layers": self.kv_sharing_target_layer_name is not None,
+            f"{self.attn_type} attention": self.attn_type != AttentionType.DECODER,
+        }
+        for feature, is_used in features.items():
+            if is_used:
+                raise UnsupportedError(
+                    f"kv_policy={self.engine.policy} does not work with {feature}; "
+                    "choose another model or drop the policy"
+                )
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: RetentionMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Attend with the layer's retained slots and bring them up to date.
+
+        Args:
+            layer: vLLM's attention layer.
+            query: [T, H, D].
+            key: [T, H_kv, D], rotated.
+            value: [T, H_kv, D].
+            kv_cache: [N, H_kv, P, 2 D] pages.
+            attn_metadata: The plan; None while vLLM profiles memory.
+            output: [T, H, D], written.
+        """
+        if attn_metadata is None:
+            return output
+        plan, index = attn_metadata.plan, extract_layer_index(layer.layer_name)
+        pages = self._pages_of(kv_cache, layer.isa, index)
+        if plan.in_place is not None:
+            self._attend_in_place(
+                layer, plan.in_place, attn_metadata.scheduler_metadata, pages, kv_cache,
+                query, key, value, output,
+            )
+            for decision in plan.decisions:
+                decide(decision, self._layer(decision.policy, index), pages, query)
+        for part in plan.walks:
+            walk(part, self._layer(part.policy, index), pages, query, key, value, output)
+        return output
+
+    def _attend_in_place(
+        self, layer: Any, part: InPlace, scheduled: Tensor | None, pages: Pages, kv_cache: Tensor,
+        query: Tensor, key: Tensor, value: Tensor, output: Tensor,
+    ) -> None:
+        """Append the rows' tokens to their slots and run vLLM's kernel over them."""
+        tokens = slice(0, len(part.block)) if part.tokens is None else part.tokens
+        halves = kv_cache.view(kv_cache.shape[0], kv_cache.shape[1], -1, self.head_size)
+        key_cache, value_cache = halves.chunk(2, dim=2)
+        ops.cpu_attn_reshape_and_cache(
+            key[tokens],
+            value[tokens],
+            key_cache,
+            value_cache,
+            part.block * pages.block_size + part.offset,
+            layer.isa,
+        )
+        pages.positions[part.block, :, part.offset] = part.positions[:, None]
+        pages.accumulated[part.block, :, part.offset] = 0.0
+        attended = output[tokens] if part.tokens is None else torch.empty_like(output[tokens])
+        ops.cpu_attention_with_kv_cache(
+            query=query[tokens],
+            key_cache=key_cache,
+            value_cache=value_cache,
+            output=attended,
+            query_start_loc=part.query_start_loc,
+            seq_lens=part.seq_lens,
+            scale=self.scale,
+            causal=True,
+            alibi_slopes=None,
+            sliding_window=-1,
+            block_table=part.block_table,
+            softcap=0,
+            scheduler_metadata=scheduled,
+            s_aux=None,
+        )
+        if part.tokens is not None:
+            output[tokens] = attended
+
+    def _layer(self, policy: Any, index: int) -> AttentionLayer:
+        """The core's view of this layer under a policy."""
+        layer = self._layers.get(policy)
+        if layer is None:
+            layer = AttentionLayer(policy, index, self.scale, self.rotary)
+            self._layers[policy] = layer
+        return layer
+
+    def _pages_of(self, kv_cache: Tensor, isa: str, index: int) -> Pages:
+        """Views of this layer's cache, made when vLLM first hands it over."""
+        if self._pages is None or self._pages.keys.data_ptr() != kv_cache.data_ptr():
+            self._pages = self.engine.book.layers[index] = Pages.of(kv_cache, isa)
+        return self._pages
+
+
+def _reindexes(policy: Any) -> bool:
+    return isinstance(policy, EvictionPolicy) and policy.rope == "reindex"
+
+
+def _plain_rotary(config: Any, head_size: int) -> Rotary | None:
+    """The model's RoPE if it is plain: full head width, no scaling."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    theta = parameters.get("rope_theta", getattr(config, "rope_theta", None))
+    is_plain = parameters.get("rope_type", "default") == "default"
+    is_whole = parameters.get("partial_rotary_factor", 1.0) == 1.0
+    return Rotary.from_theta(theta, head_size) if theta and is_plain and is_whole else None
+
+
+__all__ = ["Cells", "RetentionBackend", "RetentionImpl", "backend_for"]

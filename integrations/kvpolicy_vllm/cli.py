@@ -1,0 +1,82 @@
+"""The ``--kv-policy`` flag of vLLM's own command line.
+
+vLLM loads plugins right before it declares its engine flags, and offers them no hook there.
+Wrapping that one static method adds the flag; the flag's action writes where
+``--additional-config`` would, so that nothing else of vLLM needs to know.
+"""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from kvpolicy import PolicyError, parse
+from kvpolicy_vllm.config import ALLOW_KEY, KEY
+from kvpolicy_vllm.frontend import announce
+
+EXTENSION = "kvpolicy_vllm.extension.WorkerExtension"
+
+
+def engine_settings(spec: str, allow: Sequence[str] = ()) -> dict[str, Any]:
+    """Engine arguments that put a policy to work.
+
+    Raises:
+        PolicyError: The spec is wrong.
+    """
+    policy = parse(spec)
+    announce(policy)
+    additional: dict[str, Any] = {KEY: str(policy)}
+    if allow:
+        additional[ALLOW_KEY] = list(allow)
+    return {"additional_config": additional, "worker_extension_cls": EXTENSION}
+
+
+class _PolicyAction(argparse.Action):
+    """Stores a policy in the engine arguments' namespace."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Validate the spec and merge its settings with those given so far."""
+        try:
+            settings = engine_settings(values)
+        except PolicyError as error:
+            parser.error(str(error))
+        merged = {**(getattr(namespace, "additional_config", None) or {})}
+        namespace.additional_config = {**merged, **settings["additional_config"]}
+        if not getattr(namespace, "worker_extension_cls", ""):
+            namespace.worker_extension_cls = settings["worker_extension_cls"]
+
+
+def add_flag(parser: argparse.ArgumentParser) -> None:
+    """Declare ``--kv-policy`` once."""
+    if "--kv-policy" in parser._option_string_actions:  # pyright: ignore[reportPrivateUsage]
+        return
+    group = parser.add_argument_group("KVPolicy", "KV-cache retention policies (kvpolicy)")
+    group.add_argument(
+        "--kv-policy",
+        action=_PolicyAction,
+        default=argparse.SUPPRESS,
+        metavar="SPEC",
+        help="retention policy of the KV cache, e.g. h2o:budget=1024; see `kvpolicy policies`",
+    )
+
+
+def install() -> None:
+    """Add the flag to vLLM's engine arguments; idempotent."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    original = EngineArgs.add_cli_args
+    if getattr(original, "adds_kv_policy", False):
+        return
+
+    def add_cli_args(parser: Any) -> Any:
+        parser = original(parser)
+        add_flag(parser)
+        return parser
+
+    add_cli_args.adds_kv_policy = True  # pyright: ignore[reportFunctionMemberAccess]
+    EngineArgs.add_cli_args = staticmethod(add_cli_args)

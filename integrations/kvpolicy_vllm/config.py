@@ -1,0 +1,129 @@
+"""Reads the policy from vLLM's configuration and refuses what it cannot honour.
+
+The setting lives in ``VllmConfig.additional_config``, which travels to every process and
+enters the compile hash: ``{"kv_policy": SPEC, "kv_policy_allow": [NAMES]}``.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from kvpolicy import CachePolicy, EvictionPolicy, PolicyError, UnsupportedError, parse
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+KEY = "kv_policy"
+"""Key of the policy's spec in `additional_config` and in a request's `extra_args`."""
+
+ALLOW_KEY = "kv_policy_allow"
+"""Names of the policies that requests may ask for; default: the server's own."""
+
+_SETTINGS = (KEY, ALLOW_KEY)
+
+
+def configured_policy(vllm_config: "VllmConfig | None") -> CachePolicy | None:
+    """The engine's policy, or None when it runs stock vLLM.
+
+    Raises:
+        PolicyError: The spec is wrong, or a setting that starts with kv_policy is unknown.
+    """
+    settings = _settings(vllm_config)
+    unknown = [key for key in settings if key.startswith(KEY) and key not in _SETTINGS]
+    if unknown:
+        raise PolicyError(f"unknown setting {unknown[0]!r}; known settings: {', '.join(_SETTINGS)}")
+    spec = settings.get(KEY)
+    if spec is None:
+        if ALLOW_KEY in settings:
+            raise PolicyError(f"{ALLOW_KEY} needs {KEY}; set the server's own policy too")
+        return None
+    return parse(spec)
+
+
+def allowed_names(vllm_config: "VllmConfig") -> frozenset[str]:
+    """Names that a request's own policy may have."""
+    policy = configured_policy(vllm_config)
+    names = _settings(vllm_config).get(ALLOW_KEY, [])
+    own = [policy.name] if policy is not None else []
+    return frozenset([*own, *(names.split(",") if isinstance(names, str) else names)])
+
+
+def _settings(vllm_config: "VllmConfig | None") -> dict[str, Any]:
+    settings = None if vllm_config is None else vllm_config.additional_config
+    return settings if isinstance(settings, dict) else {}
+
+
+def check_policy(policy: CachePolicy) -> None:
+    """Refuse policies whose settings this host does not implement.
+
+    Raises:
+        UnsupportedError: With the setting to change.
+    """
+    if isinstance(policy, EvictionPolicy) and policy.prefill != "stream":
+        raise UnsupportedError(f"{policy}: vLLM runs prefill=stream only; drop prefill=bulk")
+
+
+def check_engine(vllm_config: "VllmConfig", policy: CachePolicy) -> None:
+    """Refuse engine features under which a policy could not keep its promises.
+
+    Raises:
+        UnsupportedError: With the feature and what to change.
+    """
+    check_policy(policy)
+    for is_used, feature, remedy in _conflicts(vllm_config):
+        if is_used:
+            raise UnsupportedError(f"kv_policy={policy} does not work with {feature}; {remedy}")
+    _check_length(vllm_config, policy)
+
+
+def _conflicts(vllm_config: "VllmConfig") -> list[tuple[bool, str, str]]:
+    """Engine features that break a retention policy: (in use, feature, what to do)."""
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    cache = vllm_config.cache_config
+    return [
+        (
+            vllm_config.speculative_config is not None,
+            "speculative decoding (rejected drafts would already have evicted tokens)",
+            "drop --speculative-config",
+        ),
+        (
+            vllm_config.kv_transfer_config is not None,
+            "KV connectors (evicted slots are not token-addressed)",
+            "drop --kv-transfer-config",
+        ),
+        (
+            parallel.tensor_parallel_size > 1 or parallel.pipeline_parallel_size > 1,
+            "tensor or pipeline parallelism yet",
+            "run one process per replica",
+        ),
+        (
+            parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
+            "context parallelism",
+            "set context parallel sizes to 1",
+        ),
+        (
+            cache.cache_dtype not in ("auto", "float16", "bfloat16", "float32"),
+            f"a quantised KV cache ({cache.cache_dtype})",
+            "use --kv-cache-dtype auto",
+        ),
+        (model.use_mla, "multi-head latent attention", "choose a model with plain attention"),
+        (model.is_encoder_decoder, "encoder-decoder models", "choose a decoder-only model"),
+        (model.is_multimodal_model, "multimodal models yet", "choose a text model"),
+        (model.runner_type == "pooling", "pooling models", "choose a generating model"),
+        (
+            getattr(model.hf_text_config, "num_kv_shared_layers", 0) > 0,
+            "layers that share KV caches",
+            "choose another model",
+        ),
+    ]
+
+
+def _check_length(vllm_config: "VllmConfig", policy: CachePolicy) -> None:
+    """Refuse contexts past the trained length unless the policy says how to go there."""
+    config = vllm_config.model_config.hf_text_config
+    trained = getattr(config, "max_position_embeddings", None)
+    longest = vllm_config.model_config.max_model_len
+    reindexed = isinstance(policy, EvictionPolicy) and policy.rope == "reindex"
+    if trained and longest > trained and policy.rope_beyond == "refuse" and not reindexed:
+        raise UnsupportedError(
+            f"max_model_len={longest} exceeds the model's trained length of {trained} positions; "
+            f"lower it, or write {policy.name}:...,rope_beyond=allow to run past it"
+        )

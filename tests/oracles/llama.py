@@ -1,0 +1,187 @@
+"""Float64 closed-loop oracle of Llama-like decoders under a retention policy.
+
+One token at a time through every layer, each layer's attention being a
+`LayerOracle`. Covers Llama, Mistral, Qwen3 (QK-norm) and Gemma 1.
+
+Axes: H query heads, H_kv KV heads, T tokens, D head_dim.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from oracles.dense import Array, LayerOracle, Retained, Spec, parse
+from torch import Tensor
+
+Function = Callable[[Array], Array]
+
+FAMILIES = ("llama", "mistral", "qwen3", "gemma")
+
+
+def linear(module: Any) -> Function:
+    """Read a linear map over the last axis."""
+    weight = to_float64(module.weight)
+    bias = 0.0 if module.bias is None else to_float64(module.bias)
+    return lambda x: x @ weight.T + bias
+
+
+def rms_norm(module: Any, config: Any) -> Function:
+    """Read an RMS norm over the last axis; Gemma stores its weight minus one."""
+    weight = to_float64(module.weight) + (1.0 if config.model_type == "gemma" else 0.0)
+    epsilon = config.rms_norm_eps
+    return lambda x: x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + epsilon) * weight
+
+
+def to_float64(parameter: Tensor) -> Array:
+    """Copy a parameter out of torch."""
+    return parameter.detach().double().cpu().numpy()
+
+
+def silu(x: Array) -> Array:
+    """Return x * sigmoid(x)."""
+    return x / (1 + np.exp(-x))
+
+
+def gelu_tanh(x: Array) -> Array:
+    """Return the tanh approximation of GELU."""
+    return x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+class DecoderLayer:
+    """One decoder layer of one sequence; maps hidden [hidden] to hidden [hidden]."""
+
+    def __init__(self, module: Any, config: Any, spec: Spec, index: int) -> None:
+        attention, mlp = module.self_attn, module.mlp
+        self.num_query_heads = config.num_attention_heads
+        self.num_kv_heads = config.num_key_value_heads
+        self.input_norm = rms_norm(module.input_layernorm, config)
+        self.mlp_norm = rms_norm(module.post_attention_layernorm, config)
+        self.has_qk_norm = config.model_type == "qwen3"
+        if self.has_qk_norm:
+            self.q_norm = rms_norm(attention.q_norm, config)
+            self.k_norm = rms_norm(attention.k_norm, config)
+        self.q_proj = linear(attention.q_proj)
+        self.k_proj = linear(attention.k_proj)
+        self.v_proj = linear(attention.v_proj)
+        self.o_proj = linear(attention.o_proj)
+        self.gate_proj = linear(mlp.gate_proj)
+        self.up_proj = linear(mlp.up_proj)
+        self.down_proj = linear(mlp.down_proj)
+        self.activation = gelu_tanh if config.model_type == "gemma" else silu
+        self.attention = LayerOracle(spec, layer=index, theta=config.rope_parameters["rope_theta"])
+
+    def step(self, x: Array, host_retained: Sequence[Sequence[int]] | None) -> Array:
+        """Run one token; `host_retained` is what a host's layer holds after it."""
+        h = self.input_norm(x)
+        q = self.q_proj(h).reshape(self.num_query_heads, -1)  # [H, D]
+        k = self.k_proj(h).reshape(self.num_kv_heads, -1)  # [H_kv, D]
+        v = self.v_proj(h).reshape(self.num_kv_heads, -1)
+        if self.has_qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        attended = self.attention.step(q, k, v, host_retained=host_retained)  # [H, D]
+        x = x + self.o_proj(attended.reshape(-1))
+        h = self.mlp_norm(x)
+        return x + self.down_proj(self.activation(self.gate_proj(h)) * self.up_proj(h))
+
+
+@dataclass(frozen=True)
+class GreedyRun:
+    """A greedy generation; the last token is never fed, as in every host.
+
+    `logit_margins` holds top1 - top2 of the logits behind each token; `retained`
+    what each layer holds at the end.
+    """
+
+    tokens: list[int]
+    logit_margins: list[float]
+    retained: list[Retained]
+    min_margin: float
+    near_ties: int
+
+
+class ModelOracle:
+    """A whole model over one sequence.
+
+    Args:
+        model: a transformers causal LM of one of `FAMILIES`, with default RoPE.
+        spec: the policy of every layer.
+    """
+
+    def __init__(self, model: Any, spec: Spec | str) -> None:
+        config, decoder = model.config, model.model
+        check_is_supported(config)
+        spec = parse(spec) if isinstance(spec, str) else spec
+        is_scaled = config.model_type == "gemma"
+        self.embeddings = to_float64(decoder.embed_tokens.weight)
+        self.embedding_scale = math.sqrt(config.hidden_size) if is_scaled else 1.0
+        self.layers = [DecoderLayer(m, config, spec, i) for i, m in enumerate(decoder.layers)]
+        self.norm = rms_norm(decoder.norm, config)
+        self.lm_head = linear(model.lm_head)
+
+    def feed(
+        self, token_id: int, host_retained: Sequence[Sequence[Sequence[int]] | None] | None = None
+    ) -> Array:
+        """Append one token and return the logits after it, [vocab].
+
+        Args:
+            token_id: the token.
+            host_retained: per layer and KV head, what a host holds after this
+                token; followed at near-ties, refused elsewhere.
+        """
+        x = self.embeddings[token_id] * self.embedding_scale
+        for index, layer in enumerate(self.layers):
+            x = layer.step(x, host_retained[index] if host_retained is not None else None)
+        return self.lm_head(self.norm(x))
+
+    def greedy(self, prompt_ids: Sequence[int], max_new_tokens: int) -> Iterator[Array]:
+        """Feed the prompt, then the best token each time; yield the logits after each token."""
+        ids = list(prompt_ids)
+        for step in range(len(prompt_ids) + max_new_tokens - 1):
+            logits = self.feed(ids[step])
+            if step + 1 == len(ids):
+                ids.append(int(logits.argmax()))
+            yield logits
+
+    def generate(self, prompt_ids: Sequence[int], max_new_tokens: int) -> GreedyRun:
+        """Run a whole greedy generation."""
+        return self.summarise(list(self.greedy(prompt_ids, max_new_tokens))[-max_new_tokens:])
+
+    def summarise(self, logits: Sequence[Array]) -> GreedyRun:
+        """Describe the generation that these logits decided, one per new token."""
+        tokens = [int(row.argmax()) for row in logits]
+        margins = [logit_margin(row) for row in logits]
+        return GreedyRun(tokens, margins, self.retained, self.min_margin, self.near_ties)
+
+    @property
+    def retained(self) -> list[Retained]:
+        """Positions held now, per layer and KV head."""
+        return [layer.attention.retained for layer in self.layers]
+
+    @property
+    def min_margin(self) -> float:
+        """The closest eviction so far in any layer."""
+        return min(layer.attention.min_margin for layer in self.layers)
+
+    @property
+    def near_ties(self) -> int:
+        """How often a host's choice was adopted."""
+        return sum(layer.attention.near_ties for layer in self.layers)
+
+
+def check_is_supported(config: Any) -> None:
+    """Refuse models whose definition this file does not contain."""
+    if config.model_type not in FAMILIES:
+        raise ValueError(f"the oracle knows {FAMILIES}; got {config.model_type!r}")
+    if config.rope_parameters.get("rope_type", "default") != "default":
+        raise ValueError(f"the oracle knows default RoPE only; got {config.rope_parameters}")
+    is_sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    if is_sliding or (config.model_type == "mistral" and config.sliding_window is not None):
+        raise ValueError("the oracle has no sliding window; set sliding_window=None")
+
+
+def logit_margin(logits: Array) -> float:
+    """Return how far the best logit lies above the second."""
+    second, first = np.partition(logits, -2)[-2:]
+    return float(first - second)
