@@ -4,7 +4,8 @@ Axes: B rows, H query heads, H_kv KV heads, G query heads per KV head, Q queries
 D head dimension. Logits and weights are float32 whatever the cache's dtype.
 """
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,6 +13,24 @@ from torch import Tensor
 from kvpolicy.occupancy import Occupancy
 from kvpolicy.policy import CachePolicy, EvictionPolicy, View
 from kvpolicy.rotary import Rotary
+
+
+@dataclass
+class Stopwatch:
+    """Adds up the host's time inside its ``with`` blocks; on a GPU, that of the launches.
+
+    Attributes:
+        seconds: Time so far.
+    """
+
+    seconds: float = 0.0
+    _started: float = 0.0
+
+    def __enter__(self) -> None:
+        self._started = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self._started
 
 
 @dataclass(frozen=True)
@@ -24,6 +43,7 @@ class AttentionLayer:
         scale: Factor on query-key products, usually 1 / sqrt(D).
         rotary: The model's RoPE; needed by ``rope=reindex`` only.
         first_kv_head: Index of the first KV head here, when heads are split over devices.
+        stopwatch: Time spent on observing, scoring and evicting, for ledgers.
     """
 
     policy: CachePolicy
@@ -31,6 +51,7 @@ class AttentionLayer:
     scale: float
     rotary: Rotary | None = None
     first_kv_head: int = 0
+    stopwatch: Stopwatch = field(default_factory=Stopwatch, compare=False, repr=False)
 
     @property
     def occupancy(self) -> Occupancy:

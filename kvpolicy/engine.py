@@ -5,6 +5,8 @@ and evicts if the occupancy law says so. Eviction comes after attention for ever
 that all policies see equally many slots. Rows may differ in length; none influences another.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,9 @@ from kvpolicy.slots import Slots, survivors
 
 def step(layer: AttentionLayer, slots: Slots, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Process one token of every row and return its attention output.
+
+    Everything is decided before anything is stored: if the policy fails, `slots` holds what
+    it held before.
 
     Args:
         layer: The attention layer and its policy.
@@ -27,73 +32,102 @@ def step(layer: AttentionLayer, slots: Slots, q: Tensor, k: Tensor, v: Tensor) -
         [B, H, D] in the dtype of q.
     """
     evicted = [layer.occupancy.evicted(n) for n in slots.tokens]
+    tokens = [n + 1 for n in slots.tokens]
     visible = [slot + 1 for slot in slots.append(k, v, layer.occupancy)]
-    slots.tokens = [n + 1 for n in slots.tokens]
     held = max(visible)
     valid = _valid(visible, held, slots.positions)
     logits = layer.logits(
-        q[:, :, None], slots.keys[:, :, :held], torch.tensor(evicted, device=q.device)[:, None, None]
+        q[:, :, None],
+        slots.keys[:, :, :held],
+        torch.tensor(evicted, device=q.device)[:, None, None],
     )
+    values = slots.values[:, :, :held]
     if min(visible) < held:
         logits = logits.masked_fill(~valid[:, :, None, None], -torch.inf)
+        values = values.masked_fill(~valid[..., None], 0)  # 0 x NaN of unwritten memory is NaN
     weights = logits.softmax(dim=-1)  # [B, H_kv, G, 1, S]
-    output = weighted_values(weights, _zeroed(slots.values[:, :, :held], valid))
+    output = weighted_values(weights, values)
 
-    pooled = layer.pool(weights)[:, :, 0] if layer.needs_weights else None  # [B, H_kv, S]
-    if pooled is not None:
-        _observe(layer, slots, pooled, valid, visible)
-    due = [row for row, n in enumerate(slots.tokens) if layer.occupancy.is_due(n)]
-    if due:
-        _evict(layer, slots, due, pooled, visible)
+    with layer.stopwatch:
+        pooled = layer.pool(weights)[:, :, 0] if layer.needs_weights else None  # [B, H_kv, S]
+        now = _Moment(tokens, visible, valid, pooled)
+        accumulated = _observe(layer, slots, now)
+        due = [row for row, n in enumerate(tokens) if layer.occupancy.is_due(n)]
+        kept = _evict(layer, slots, now, due, accumulated) if due else None
+
+        slots.tokens = tokens
+        if pooled is not None:
+            slots.accumulated[:, :, :held] = accumulated
+        if kept is not None:
+            slots.put_rows(due, kept, layer.occupancy.capacity)
     return output[:, :, 0].to(q.dtype)
 
 
-def _observe(
-    layer: AttentionLayer, slots: Slots, pooled: Tensor, valid: Tensor, visible: list[int]
-) -> None:
-    """Update the accumulated statistic of the slots by one attention row."""
-    held = pooled.shape[-1]
+@dataclass(frozen=True)
+class _Moment:
+    """What a step has found out after its attention.
+
+    Attributes:
+        tokens: Tokens seen per row, the new one included.
+        visible: Slots that each row's new token attended to.
+        valid: [B, H_kv, S] bool, which slots these are.
+        pooled: [B, H_kv, S] weights, if the policy needs them.
+    """
+
+    tokens: list[int]
+    visible: list[int]
+    valid: Tensor
+    pooled: Tensor | None
+
+
+def _observe(layer: AttentionLayer, slots: Slots, now: _Moment) -> Tensor:
+    """Give the slots' accumulated statistic after one attention row; [B, H_kv, S]."""
+    held = now.valid.shape[-1]
     before = slots.accumulated[:, :, :held]
-    seen = torch.tensor(visible, device=pooled.device)
+    if now.pooled is None:
+        return before
+    seen = torch.tensor(now.visible, device=before.device)
     policy = layer.eviction
     if policy is not None and policy.observes_every_token:
         view = layer.view(
             positions=slots.positions[:, :, :held],
-            valid=valid,
-            n=torch.tensor(slots.tokens, device=pooled.device),
+            valid=now.valid,
+            n=torch.tensor(now.tokens, device=before.device),
             visible=seen,
-            weights=pooled,
+            weights=now.pooled,
             accumulated=before,
             keys=slots.keys[:, :, :held],
             values=slots.values[:, :, :held],
         )
-        slots.accumulated[:, :, :held] = policy.observe(view)
-    elif layer.accumulates:
-        slots.accumulated[:, :, :held] = layer.fold(before, pooled[:, :, None], seen.view(-1, 1, 1))
+        return policy.observe(view)
+    if layer.accumulates:
+        return layer.fold(before, now.pooled[:, :, None], seen.view(-1, 1, 1))
+    return before
 
 
 def _evict(
-    layer: AttentionLayer, slots: Slots, rows: list[int], pooled: Tensor | None, visible: list[int]
-) -> None:
-    """Evict the surplus of the rows that are due; they all hold `capacity` slots."""
-    policy, held = layer.eviction, visible[rows[0]]
+    layer: AttentionLayer, slots: Slots, now: _Moment, rows: list[int], accumulated: Tensor
+) -> Slots:
+    """What the rows that are due keep; before the eviction they all hold `capacity` slots."""
+    policy, held = layer.eviction, now.visible[rows[0]]
     assert policy is not None, "only policies that evict are ever due"
     part = slots.rows(rows, held)
     index = torch.tensor(rows, device=part.positions.device)
+    part.tokens = [now.tokens[row] for row in rows]
+    part.accumulated = accumulated[index, :, :held]
     view = layer.view(
         positions=part.positions,
         valid=_valid([held] * len(rows), held, part.positions),
         n=torch.tensor(part.tokens, device=part.positions.device),
         visible=torch.tensor([held] * len(rows), device=part.positions.device),
-        weights=None if pooled is None else pooled[index, :, :held],
+        weights=None if now.pooled is None else now.pooled[index, :, :held],
         accumulated=part.accumulated,
         keys=part.keys,
         values=part.values,
     )
     surplus = layer.occupancy.interval
     victims = select_victims(policy, view, surplus)
-    kept = part.keep(survivors(victims, held, surplus))
-    slots.put_rows(rows, kept, layer.occupancy.capacity)
+    return part.keep(survivors(victims, held, surplus))
 
 
 def _valid(visible: list[int], held: int, positions: Tensor) -> Tensor:
@@ -101,8 +135,3 @@ def _valid(visible: list[int], held: int, positions: Tensor) -> Tensor:
     device = positions.device
     mask = torch.arange(held, device=device) < torch.tensor(visible, device=device)[:, None]
     return mask[:, None].expand(-1, positions.shape[1], -1)
-
-
-def _zeroed(values: Tensor, valid: Tensor) -> Tensor:
-    """Values with unheld slots cleared: 0 x NaN of unwritten memory is NaN."""
-    return values.masked_fill(~valid[..., None], 0) if not bool(valid.all()) else values

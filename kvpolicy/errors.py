@@ -3,7 +3,8 @@
 KVPolicyError
 ├── PolicyError (also ValueError)   a spec, parameter or score that cannot be right
 │   └── UnsupportedError            a policy that this model, feature or host cannot honour
-└── LedgerError                     what was evicted differs from what the occupancy law demands
+├── LedgerError                     what was evicted differs from what the occupancy law demands
+└── ContractError (AssertionError)  a policy breaks the contract that kvpolicy.testing checks
 """
 
 
@@ -21,3 +22,7 @@ class UnsupportedError(PolicyError):
 
 class LedgerError(KVPolicyError):
     """The tokens evicted differ from the occupancy law's figure."""
+
+
+class ContractError(KVPolicyError, AssertionError):
+    """A policy breaks a promise that hosts and users rely on; the message reproduces it."""

@@ -20,9 +20,9 @@ class Ledger:
 
     policy: str
     logical_tokens: int
-    retained: int
-    evicted: int
-    slots_held: int
+    retained: int | float
+    evicted: int | float
+    slots_held: int | float
     blocks_held: int
     bytes_held: int
     bytes_saved: int

@@ -24,6 +24,8 @@ BLOCK = 128
 def extend(layer: AttentionLayer, slots: Slots, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Process Q consecutive tokens of rows that have seen equally many; same as Q steps.
 
+    All blocks are decided before any is stored: if the policy fails, `slots` is unchanged.
+
     Args:
         layer: The attention layer and its policy.
         slots: State of the rows, all with the same `tokens`; changed in place.
@@ -35,12 +37,15 @@ def extend(layer: AttentionLayer, slots: Slots, q: Tensor, k: Tensor, v: Tensor)
         [B, H, Q, D] in the dtype of q.
     """
     assert len(set(slots.tokens)) == 1, "rows of one call advance in lockstep"
-    outputs = [
-        _Block(layer, slots, q_block, k_block, v_block).run()
-        for q_block, k_block, v_block in zip(
-            q.split(BLOCK, dim=2), k.split(BLOCK, dim=2), v.split(BLOCK, dim=2), strict=True
-        )
-    ]
+    outputs: list[Tensor] = []
+    state = slots
+    for parts in zip(
+        q.split(BLOCK, dim=2), k.split(BLOCK, dim=2), v.split(BLOCK, dim=2), strict=True
+    ):
+        block = _Block(layer, state, *parts)
+        outputs.append(block.run())
+        state = block.kept()
+    slots.put_rows(list(range(q.shape[0])), state, layer.occupancy.capacity)
     return torch.cat(outputs, dim=2).to(q.dtype)
 
 
@@ -68,7 +73,9 @@ class _Columns:
 class _Block:
     """One block of look-ahead over rows in lockstep."""
 
-    def __init__(self, layer: AttentionLayer, slots: Slots, q: Tensor, k: Tensor, v: Tensor):
+    def __init__(
+        self, layer: AttentionLayer, slots: Slots, q: Tensor, k: Tensor, v: Tensor
+    ) -> None:
         self.layer, self.slots, self.q = layer, slots, q
         self.seen = slots.tokens[0]
         self.size = q.shape[2]
@@ -76,10 +83,18 @@ class _Block:
         self.logits = layer.logits(q, self.columns.slots.keys, self._evicted_before())
 
     def run(self) -> Tensor:
-        """Decide, attend and store; [B, H, Q, D] float32."""
+        """Decide and attend; [B, H, Q, D] float32."""
         weights = self._walk() if self.layer.needs_weights else self._decide_then_attend()
-        self._store()
         return weighted_values(weights, self.columns.slots.values)
+
+    def kept(self) -> Slots:
+        """What is held after the block."""
+        columns = self.columns.slots
+        total, held = columns.capacity, self.layer.occupancy.held(self.seen + self.size)
+        if held == total:
+            return columns
+        dead = self.columns.death <= self.size
+        return columns.keep(survivors(dead, total, total - held))
 
     def _join(self, k: Tensor, v: Tensor) -> _Columns:
         """Lay the block's tokens beside the held slots."""
@@ -96,6 +111,7 @@ class _Block:
                 dim=2,
             ),
             tokens=[self.seen + self.size] * batch,
+            evicted=slots.evicted,
         )
         birth = (torch.arange(held + self.size, device=k.device) - held).clamp(min=0)
         death = torch.full_like(joined.positions, self.size + 1)
@@ -119,29 +135,34 @@ class _Block:
 
     def _decide_then_attend(self) -> Tensor:
         """Policies without feedback: all evictions first, then one masked softmax."""
-        for _, last, due in self._segments():
-            if due:
-                self._evict(last, None)
+        with self.layer.stopwatch:
+            for _, last, due in self._segments():
+                if due:
+                    self._evict(last, None)
         return self._softmax(0, self.size)
 
     def _walk(self) -> Tensor:
         """Policies with feedback: softmax, observe and evict from eviction to eviction."""
         parts: list[Tensor] = []
-        policy = self.layer.eviction
-        one_by_one = policy is not None and policy.observes_every_token
         for first, last, due in self._segments():
             weights = self._softmax(first, last)
-            pooled = self.layer.pool(weights)  # [B, H_kv, last - first, S]
-            if one_by_one:
-                self._observe_each(first, pooled)
-            elif self.layer.accumulates:
-                seen = self._visible_counts(first, last)
-                columns = self.columns.slots
-                columns.accumulated = self.layer.fold(columns.accumulated, pooled, seen)
-            if due:
-                self._evict(last, pooled[:, :, -1])
+            with self.layer.stopwatch:
+                self._decide(first, last, weights, due)
             parts.append(weights)
         return torch.cat(parts, dim=3)
+
+    def _decide(self, first: int, last: int, weights: Tensor, due: bool) -> None:
+        """Show the policy the rows of queries [first, last), then evict if it is due."""
+        policy = self.layer.eviction
+        pooled = self.layer.pool(weights)  # [B, H_kv, last - first, S]
+        if policy is not None and policy.observes_every_token:
+            self._observe_each(first, pooled)
+        elif self.layer.accumulates:
+            seen = self._visible_counts(first, last)
+            columns = self.columns.slots
+            columns.accumulated = self.layer.fold(columns.accumulated, pooled, seen)
+        if due:
+            self._evict(last, pooled[:, :, -1])
 
     def _softmax(self, first: int, last: int) -> Tensor:
         """Attention weights of queries [first, last); [B, H_kv, G, last - first, S]."""
@@ -159,9 +180,7 @@ class _Block:
         assert policy is not None
         for offset in range(pooled.shape[2]):
             view = self._view(first + offset + 1, pooled[:, :, offset])
-            columns.accumulated = torch.where(
-                view.valid, policy.observe(view), columns.accumulated
-            )
+            columns.accumulated = torch.where(view.valid, policy.observe(view), columns.accumulated)
 
     def _evict(self, last: int, pooled: Tensor | None) -> None:
         """Evict after the block's first `last` tokens."""
@@ -184,12 +203,3 @@ class _Block:
             keys=columns.keys,
             values=columns.values,
         )
-
-    def _store(self) -> None:
-        """Move the survivors back into the rows' storage."""
-        columns, limit = self.columns.slots, self.layer.occupancy.capacity
-        total, held = columns.capacity, self.layer.occupancy.held(self.seen + self.size)
-        if held < total:
-            dead = self.columns.death <= self.size
-            columns = columns.keep(survivors(dead, total, total - held))
-        self.slots.put_rows(list(range(self.q.shape[0])), columns, limit)

@@ -24,7 +24,7 @@ from typing import (
 
 from kvpolicy.errors import PolicyError
 from kvpolicy.occupancy import Occupancy
-from kvpolicy.spec import Value, format_value, parse_number, parse_spans
+from kvpolicy.spec import format_value, parse_number, parse_spans, shown
 
 if TYPE_CHECKING:
     from dataclasses import Field
@@ -110,7 +110,7 @@ class CachePolicy:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Turn every subclass into a frozen, keyword-only dataclass."""
         super().__init_subclass__(**kwargs)
-        dataclass(frozen=True, kw_only=True)(cls)
+        dataclass(frozen=True, kw_only=True, eq=False)(cls)
 
     def __post_init__(self) -> None:
         """Validate every parameter by its annotation, then the policy as a whole."""
@@ -118,7 +118,10 @@ class CachePolicy:
         if unknown:
             raise PolicyError(f"{self}: unknown needs {sorted(unknown)}; choose from {NEEDS}")
         for key, parameter in parameters(type(self)).items():
-            parameter.check(getattr(self, parameter.attribute), f"{self.name or type(self)}:{key}")
+            value = getattr(self, parameter.attribute)
+            parameter.check(value, f"{self.label}:{key}")
+            if parameter.kinds == (float,) and value is not None:
+                object.__setattr__(self, parameter.attribute, float(value))
         self.validate()
 
     def validate(self) -> None:
@@ -129,12 +132,31 @@ class CachePolicy:
         """The law that says how many slots are held; the base keeps everything."""
         return Occupancy(retained=None)
 
+    @property
+    def label(self) -> str:
+        """What error messages call the policy."""
+        return self.name or type(self).__name__
+
+    def __eq__(self, other: object) -> bool:
+        """Whether class, values and their types agree: ``recent=1`` is not ``recent=1.0``."""
+        if type(other) is not type(self):
+            return NotImplemented
+        return self._typed_values == other._typed_values
+
+    def __hash__(self) -> int:
+        return hash((type(self), self._typed_values))
+
+    @property
+    def _typed_values(self) -> tuple[Any, ...]:
+        return tuple(_typed(getattr(self, item.name)) for item in _fields(type(self)))
+
     def __str__(self) -> str:
         """The canonical spec: required keys and whatever differs from its default."""
         items = [
             f"{key}={format_value(value)}"
             for key, parameter in parameters(type(self)).items()
-            if (value := getattr(self, parameter.attribute)) != parameter.default_for(self)
+            if _typed(value := getattr(self, parameter.attribute))
+            != _typed(parameter.default_for(self))
         ]
         name = self.name if _is_registered(self) else import_path(type(self))
         return f"{name}:{','.join(items)}" if items else name
@@ -170,12 +192,19 @@ class EvictionPolicy(CachePolicy):
         """Refuse budgets that cannot hold what is protected."""
         if self.budget < 1 or self.occupancy.interval < 1:
             raise PolicyError(
-                f"{self.name}: budget and interval must be at least 1, "
+                f"{self.label}: budget and interval must be at least 1, "
                 f"got budget={self.budget}, interval={self.interval}"
             )
         for first, last in self.protect:
             if not 0 <= first < last:
-                raise PolicyError(f"{self.name}: protect span {first}:{last} is empty; need a < b")
+                raise PolicyError(
+                    f"{self.label}: protect span {first}:{last} protects nothing; need 0 <= a < b"
+                )
+        if len(self.protect) > self.budget:
+            raise PolicyError(
+                f"{self.label}: {len(self.protect)} protect spans but budget={self.budget}; "
+                "merge those that overlap, or raise budget"
+            )
         if self.rope == "reindex" and (not self.reindexable or self.protect):
             raise PolicyError(
                 f"{self}: rope=reindex is exact only where the kept tokens are the first and "
@@ -184,7 +213,7 @@ class EvictionPolicy(CachePolicy):
         protected = self.protected_slots
         if protected > self.budget:
             raise PolicyError(
-                f"{self.name}: {protected} slots are protected but budget={self.budget}; "
+                f"{self.label}: {protected} slots are protected but budget={self.budget}; "
                 "raise budget or protect fewer tokens"
             )
 
@@ -267,20 +296,23 @@ class ScorePolicy(EvictionPolicy):
     def validate(self) -> None:
         """Refuse protection that cannot fit and reductions that would be ignored."""
         if self.sinks < 0 or self.recent < 0:
-            raise PolicyError(f"{self.name}: sinks and recent must not be negative")
+            raise PolicyError(
+                f"{self.label}: sinks and recent must not be negative, got "
+                f"sinks={self.sinks}, recent={self.recent}"
+            )
         if isinstance(self.recent, float) and self.recent > 1.0:
             raise PolicyError(
-                f"{self.name}: recent={self.recent} is a fraction of the budget and must lie "
+                f"{self.label}: recent={self.recent} is a fraction of the budget and must lie "
                 "in 0.0..1.0; write an int for a number of tokens"
             )
         if self.sinks and self.budget <= self.sinks:
             raise PolicyError(
-                f"{self.name}: budget must exceed sinks, got budget={self.budget}, "
+                f"{self.label}: budget must exceed sinks, got budget={self.budget}, "
                 f"sinks={self.sinks}; raise budget or lower sinks"
             )
         if self.scope == "layer" and self.group_pool != "mean":
             raise PolicyError(
-                f"{self.name}: scope=layer takes the mean over all query heads; "
+                f"{self.label}: scope=layer takes the mean over all query heads; "
                 f"drop group_pool={self.group_pool} or use scope=head"
             )
         super().validate()
@@ -348,30 +380,56 @@ class Parameter:
 
     def read(self, text: str, where: str) -> Any:
         """Convert a spec's text into a value of this parameter's type."""
-        value: Value | None
         if self.kind == Spans:
             value = parse_spans(text)
-        elif self.kind is bool:
-            value = {"true": True, "false": False}.get(text.lower())
-        elif self.kind is str or get_origin(self.kind) is Literal:
-            value = text
+        elif get_origin(self.kind) is Literal:
+            value = {str(choice): choice for choice in get_args(self.kind)}.get(text)
         else:
-            value = parse_number(text)
+            value = self._read_plain(text)
         if value is None:
-            raise PolicyError(f"{where}: got {text!r}, expected {self.describe()}")
+            raise PolicyError(f"{where}: got {shown(text)}, expected {self.describe()}")
         return value
 
+    def _read_plain(self, text: str) -> int | float | bool | str | None:
+        if bool in self.kinds and text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        number = parse_number(text) if {int, float} & {*self.kinds} else None
+        return text if number is None and str in self.kinds else number
+
     def check(self, value: Any, where: str) -> None:
-        """Raise PolicyError unless `value` has this parameter's type."""
+        """Raise PolicyError unless `value` has this parameter's type and a moderate size."""
         if get_origin(self.kind) is Literal:
-            fits = value in get_args(self.kind)
+            fits = _typed(value) in map(_typed, get_args(self.kind))
         elif self.kind == Spans:
-            fits = isinstance(value, tuple)
+            fits = _is_spans(value)
+        elif value is None:
+            fits = NoneType in get_args(self.kind)
         else:
             kinds = (*self.kinds, int) if float in self.kinds else self.kinds
             fits = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
         if not fits:
-            raise PolicyError(f"{where}: got {value!r}, expected {self.describe()}")
+            raise PolicyError(f"{where}: got {shown(value)}, expected {self.describe()}")
+        if not _is_moderate(value):
+            raise PolicyError(f"{where}: got {shown(value)}, expected numbers below 2**62")
+
+
+def _typed(value: Any) -> tuple[type, Any]:
+    """A value beside its type, because 1 == 1.0 == True."""
+    return type(value), value
+
+
+def _is_spans(value: Any) -> bool:
+    return isinstance(value, tuple) and all(
+        isinstance(span, tuple) and len(span) == 2 and all(type(end) is int for end in span)
+        for span in value
+    )
+
+
+def _is_moderate(value: Any) -> bool:
+    """Whether numbers are finite and leave int64 tensors room to add two of them."""
+    if isinstance(value, tuple):
+        return all(_is_moderate(item) for item in value)
+    return not isinstance(value, int | float) or abs(value) < 1 << 62
 
 
 def default_interval(budget: int) -> int:
@@ -388,7 +446,9 @@ def parameters(cls: type[CachePolicy]) -> dict[str, Parameter]:
 
 def _own_first(cls: type[CachePolicy]) -> "list[Field[Any]]":
     """Dataclass fields with the class's own before the common ones."""
-    inherited = {f.name for base in (ScorePolicy, EvictionPolicy, CachePolicy) for f in _fields(base)}
+    inherited = {
+        f.name for base in (ScorePolicy, EvictionPolicy, CachePolicy) for f in _fields(base)
+    }
     return sorted(_fields(cls), key=lambda f: f.name in inherited)
 
 
@@ -416,4 +476,4 @@ def _is_registered(policy: CachePolicy) -> bool:
     return registry.is_registered(type(policy))
 
 
-dataclass(frozen=True, kw_only=True)(CachePolicy)
+dataclass(frozen=True, kw_only=True, eq=False)(CachePolicy)

@@ -5,6 +5,8 @@ distributions add theirs through the entry-point group ``kvpolicy.policies``; a 
 name contains a dot is imported. Classes are imported only when asked for.
 """
 
+# pyright: reportUnnecessaryIsInstance=false
+
 import importlib
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -13,7 +15,7 @@ from typing import TypeVar
 
 from kvpolicy.errors import PolicyError
 from kvpolicy.policy import CachePolicy, parameters
-from kvpolicy.spec import split_spec
+from kvpolicy.spec import shown, split_spec
 
 P = TypeVar("P", bound=type[CachePolicy])
 
@@ -68,18 +70,19 @@ def find(name: str) -> type[CachePolicy]:
     if name in _registered:
         return _registered[name]
     path = _known_paths().get(name)
-    if path is None and "." not in name:
+    if path is None and not _is_import_path(name):
         known = ", ".join(sorted({*_known_paths(), *_registered}))
         raise PolicyError(
-            f"unknown policy {name!r}; known policies: {known}; "
+            f"unknown policy {shown(name)}; known policies: {known}; "
             "or give an import path such as package.module.Class"
         )
     module_name, _, attribute = (path or ":".join(name.rsplit(".", 1))).partition(":")
     try:
         cls = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # whatever a stranger's module does when it is imported
         raise PolicyError(
-            f"cannot import policy {name!r}: {error}; the module must be importable in every process"
+            f"cannot import policy {shown(name)}: {type(error).__name__}: {error}; "
+            "the module must be importable in every process"
         ) from error
     return _require_policy(cls, name)
 
@@ -95,19 +98,27 @@ def parse(spec: "str | CachePolicy") -> CachePolicy:
     if isinstance(spec, CachePolicy):
         return spec
     if not isinstance(spec, str):
-        raise PolicyError(f"a policy spec is a string such as 'window:budget=256', got {spec!r}")
+        raise PolicyError(
+            f"a policy spec is a string such as 'window:budget=256', got {shown(spec)}"
+        )
     name, texts = split_spec(spec)
     cls = find(name)
     table = parameters(cls)
     unknown = [key for key in texts if key not in table]
     if unknown:
-        raise PolicyError(f"{name} has no key {unknown[0]!r}; its keys: {', '.join(table)}")
-    missing = [key for key, parameter in table.items() if parameter.is_required and key not in texts]
+        raise PolicyError(f"{name} has no key {shown(unknown[0])}; its keys: {', '.join(table)}")
+    missing = [
+        key for key, parameter in table.items() if parameter.is_required and key not in texts
+    ]
     if missing:
         raise PolicyError(f"{name} needs {missing[0]}; write {name}:{missing[0]}=VALUE")
     return cls(
         **{table[k].attribute: table[k].read(text, f"{name}:{k}") for k, text in texts.items()}
     )
+
+
+def _is_import_path(name: str) -> bool:
+    return "." in name and all(part.isidentifier() for part in name.split("."))
 
 
 def _require_policy(cls: object, name: str) -> type[CachePolicy]:

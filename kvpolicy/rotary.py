@@ -35,7 +35,7 @@ class Rotary:
             offsets: [T] or broadcastable to [..., T], positions to add to p.
         """
         half = self.inverse_frequencies.numel()
-        angles = offsets.to(torch.float64)[..., None] * self.inverse_frequencies.double()
+        angles = offsets.double()[..., None] * self.inverse_frequencies.to(x.device).double()
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
         return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)

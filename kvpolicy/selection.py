@@ -36,14 +36,36 @@ def select_victims(policy: EvictionPolicy, view: View, surplus: int) -> Tensor:
 
 
 def check_scores(policy: EvictionPolicy, scores: Tensor, view: View) -> None:
-    """Raise PolicyError unless every valid slot has a score that can be ordered."""
-    if scores.shape != view.positions.shape:
+    """Raise PolicyError unless every valid slot has a score that can be ordered.
+
+    A row whose own evidence is not finite is excused: its result is lost already, and failing
+    would take the other rows of the batch with it.
+    """
+    if not isinstance(scores, Tensor) or scores.shape != view.positions.shape:
+        got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise PolicyError(
-            f"{policy}: score() must return [B, H_kv, S] = {tuple(view.positions.shape)}, "
-            f"got {tuple(scores.shape)}"
+            f"{policy}: score() must return a tensor [B, H_kv, S] = "
+            f"{tuple(view.positions.shape)}, got {got}"
         )
-    if scores.is_floating_point() and bool((scores.isnan() & view.valid).any()):
+    if scores.is_complex():
+        raise PolicyError(f"{policy}: score() returned {scores.dtype}; return real scores")
+    if not scores.is_floating_point():
+        return
+    unordered = (scores.isnan() & view.valid).flatten(1).any(dim=1)  # [B]
+    if bool(unordered.any()) and bool((unordered & ~_lost(view)).any()):
         raise PolicyError(f"{policy}: score() returned NaN for a held slot; return finite scores")
+
+
+def _lost(view: View) -> Tensor:
+    """Rows that show the policy something that is not finite; [B] bool."""
+    lost = torch.zeros_like(view.valid[:, 0, 0])
+    for evidence in (view.weights, view.accumulated):
+        if evidence is not None:
+            lost |= (~evidence.isfinite() & view.valid).flatten(1).any(dim=1)
+    for vectors in (view.keys, view.values):
+        if vectors is not None:
+            lost |= (~vectors.isfinite().all(dim=-1) & view.valid).flatten(1).any(dim=1)
+    return lost
 
 
 def lowest(scores: Tensor, positions: Tensor, candidates: Tensor, count: int) -> Tensor:

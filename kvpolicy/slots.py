@@ -3,7 +3,7 @@
 Axes: B rows, H_kv KV heads, C slots of capacity, D head dimension.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ class Slots:
         positions: [B, H_kv, C] int64, number of real tokens before the slot's token.
         accumulated: [B, H_kv, C] float32, the policy's statistic of the slot.
         tokens: Tokens seen, per row.
+        evicted: Tokens dropped so far, per row, counted where storage lets go of them.
     """
 
     keys: Tensor
@@ -33,6 +34,11 @@ class Slots:
     positions: Tensor
     accumulated: Tensor
     tokens: list[int]
+    evicted: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Count from zero unless told otherwise."""
+        self.evicted = self.evicted or [0] * len(self.tokens)
 
     @classmethod
     def empty(cls, like_keys: Tensor, like_values: Tensor) -> "Slots":
@@ -41,9 +47,7 @@ class Slots:
         return cls(
             keys=like_keys.new_empty(batch, kv_heads, 0, like_keys.shape[-1]),
             values=like_values.new_empty(batch, kv_heads, 0, like_values.shape[-1]),
-            positions=torch.empty(
-                batch, kv_heads, 0, dtype=torch.int64, device=like_keys.device
-            ),
+            positions=torch.empty(batch, kv_heads, 0, dtype=torch.int64, device=like_keys.device),
             accumulated=torch.empty(
                 batch, kv_heads, 0, dtype=torch.float32, device=like_keys.device
             ),
@@ -81,16 +85,18 @@ class Slots:
             positions=self.positions[index, :, :num_slots],
             accumulated=self.accumulated[index, :, :num_slots],
             tokens=[self.tokens[row] for row in rows],
+            evicted=[self.evicted[row] for row in rows],
         )
 
     def put_rows(self, rows: list[int], part: "Slots", limit: int | None) -> None:
         """Write back rows taken with `rows`, whatever number of slots they now have."""
         self.reserve(part.capacity, limit)
-        index = torch.tensor(rows, device=self.keys.device)
+        every_row = rows == list(range(len(self.tokens)))
+        index = slice(None) if every_row else torch.tensor(rows, device=self.keys.device)
         for name in ("keys", "values", "positions", "accumulated"):
             getattr(self, name)[index, :, : part.capacity] = getattr(part, name)
-        for row, tokens in zip(rows, part.tokens, strict=True):
-            self.tokens[row] = tokens
+        for row, tokens, evicted in zip(rows, part.tokens, part.evicted, strict=True):
+            self.tokens[row], self.evicted[row] = tokens, evicted
 
     def append(self, keys: Tensor, values: Tensor, occupancy: Occupancy) -> list[int]:
         """Write one token per row, [B, H_kv, D], into its next slot; return the slots.
@@ -100,7 +106,10 @@ class Slots:
         slots = [occupancy.held(n) for n in self.tokens]
         self.reserve(max(slots) + 1, occupancy.capacity)
         device = self.keys.device
-        row, slot = torch.arange(len(slots), device=device), torch.tensor(slots, device=device)
+        if len(set(slots)) == 1:
+            row, slot = slice(None), slots[0]  # a plain copy, several times as fast
+        else:
+            row, slot = torch.arange(len(slots), device=device), torch.tensor(slots, device=device)
         self.keys[row, :, slot] = keys
         self.values[row, :, slot] = values
         positions = torch.tensor(self.tokens, device=device)
@@ -117,6 +126,7 @@ class Slots:
             positions=self.positions.gather(2, kept),
             accumulated=self.accumulated.gather(2, kept),
             tokens=list(self.tokens),
+            evicted=[count + self.capacity - kept.shape[-1] for count in self.evicted],
         )
 
 

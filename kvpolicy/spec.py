@@ -13,6 +13,10 @@ from kvpolicy.errors import PolicyError
 Value = int | float | bool | str | tuple[tuple[int, int], ...]
 
 
+_SHOWN = 80
+"""Characters of a bad value that an error message repeats."""
+
+
 class Spec(NamedTuple):
     """A spec string taken apart."""
 
@@ -29,23 +33,28 @@ def split_spec(text: str) -> Spec:
     name, colon, rest = text.strip().partition(":")
     if not name or (colon and not rest.strip()):
         raise PolicyError(
-            f"malformed policy spec: got {text!r}, expected name or name:key=value,key=value"
+            f"malformed policy spec: got {shown(text)}, expected name or name:key=value,key=value"
         )
     parameters: dict[str, str] = {}
     for item in _split_top_level(rest, text) if colon else []:
         key, equals, value = item.partition("=")
         key, value = key.strip(), value.strip()
         if not (equals and key and value):
-            raise PolicyError(f"malformed policy spec {text!r}: got {item!r}, expected key=value")
+            raise PolicyError(
+                f"malformed policy spec {shown(text)}: got {shown(item)}, expected key=value"
+            )
         if key in parameters:
-            raise PolicyError(f"malformed policy spec {text!r}: {key!r} is given twice; keep one")
+            raise PolicyError(
+                f"malformed policy spec {shown(text)}: {shown(key)} is given twice; keep one"
+            )
         parameters[key] = value
     return Spec(name.strip(), parameters)
 
 
 def _split_top_level(text: str, whole: str) -> list[str]:
     """Split at the commas that stand outside parentheses."""
-    items, depth, start = [], 0, 0
+    items: list[str] = []
+    depth = start = 0
     for index, character in enumerate(text):
         depth += (character == "(") - (character == ")")
         if depth < 0:
@@ -54,7 +63,7 @@ def _split_top_level(text: str, whole: str) -> list[str]:
             items.append(text[start:index])
             start = index + 1
     if depth != 0:
-        raise PolicyError(f"malformed policy spec {whole!r}: unbalanced parentheses")
+        raise PolicyError(f"malformed policy spec {shown(whole)}: unbalanced parentheses")
     return [*items, text[start:]]
 
 
@@ -76,10 +85,21 @@ def parse_spans(text: str) -> tuple[tuple[int, int], ...] | None:
     spans: list[tuple[int, int]] = []
     for item in text[1:-1].split(","):
         first, colon, last = item.partition(":")
-        if not (colon and first.strip().isdecimal() and last.strip().isdecimal()):
+        if not colon:
             return None
-        spans.append((int(first), int(last)))
+        start, end = parse_number(first), parse_number(last)
+        if not (isinstance(start, int) and isinstance(end, int)):
+            return None
+        spans.append((start, end))
     return tuple(spans)
+
+
+def shown(value: object) -> str:
+    """Give the repr of a value for an error message, cut short if it is long."""
+    if isinstance(value, int) and value.bit_length() > 3 * _SHOWN:
+        return f"an integer of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 20]}...{text[-10:]}"
 
 
 def format_value(value: Value) -> str:

@@ -12,7 +12,7 @@ __all__ = ["engine_args", "ledger", "register", "retained_positions"]
 
 
 def register() -> None:
-    """vLLM's plugin entry point; see `kvpolicy_vllm.plugin`."""
+    """VLLM's plugin entry point; see `kvpolicy_vllm.plugin`."""
     from kvpolicy_vllm import plugin
 
     plugin.register()
@@ -35,13 +35,17 @@ def engine_args(policy: str, **arguments: Any) -> dict[str, Any]:
     check_version()
     settings = engine_settings(str(policy))
     extra = arguments.pop("additional_config", None) or {}
-    return {**settings, **arguments, "additional_config": {**extra, **settings["additional_config"]}}
+    return {
+        **settings,
+        **arguments,
+        "additional_config": {**extra, **settings["additional_config"]},
+    }
 
 
 def ledger(llm: "LLM") -> dict[str, Any]:
     """Ledgers of an engine: ``{"totals": {...}, "requests": {request id: {...}}}``.
 
-    Totals cover the finished requests listed, the latest 4,096.
+    Listed are finished requests, the latest 4,096, and totals cover these.
 
     Raises:
         PolicyError: The engine was made without `engine_args` or ``--kv-policy``.
@@ -70,12 +74,12 @@ def retained_positions(llm: "LLM", request_id: str, layer: int) -> "Tensor":
 
 
 def _call(llm: "LLM", method: str, *args: Any) -> Any:
-    extension = llm.llm_engine.vllm_config.parallel_config.worker_extension_cls
-    from kvpolicy_vllm.cli import EXTENSION
+    """Ask the engine's worker, by name: nothing is pickled."""
+    from kvpolicy_vllm.cli import WORKER
 
-    if extension != EXTENSION:
+    if llm.llm_engine.vllm_config.parallel_config.worker_cls != WORKER:
         raise PolicyError(
-            "this engine has no ledger extension; construct it with "
+            "this engine keeps no ledger by request; construct it with "
             "LLM(model, **kvpolicy_vllm.engine_args(SPEC))"
         )
     return llm.collective_rpc(method, args=args)[0]

@@ -21,13 +21,15 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
-from kvpolicy import EvictionPolicy, UnsupportedError
+from kvpolicy import CachePolicy, EvictionPolicy, UnsupportedError
 from kvpolicy.attention import AttentionLayer
 from kvpolicy.rotary import Rotary
 from kvpolicy_vllm.config import check_engine
+from kvpolicy_vllm.dispatch import forget_choice
 from kvpolicy_vllm.engine import Engine
-from kvpolicy_vllm.execution import decide, walk
-from kvpolicy_vllm.pages import Cells, Pages
+from kvpolicy_vllm.execution import LayerBatch, attend_in_place, decide, walk
+from kvpolicy_vllm.kernel import Kernel
+from kvpolicy_vllm.pages import Pages
 from kvpolicy_vllm.plan import InPlace, Plan, Row, make_plan
 from kvpolicy_vllm.spec import RetentionSpec
 
@@ -36,24 +38,28 @@ if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
 
+_NULL_BLOCK = 0
+"""vLLM's placeholder block: only rows of warm-up begin with it."""
+
+
 @dataclass
 class RetentionMetadata:
     """What the layers need of one forward.
 
     Attributes:
         plan: The rows and what is done with them.
-        scheduler_metadata: The kernel's own plan for the rows attended in place.
+        schedule: The kernel's own plan for the rows attended in place.
     """
 
     plan: Plan
-    scheduler_metadata: Tensor | None
+    schedule: Tensor | None
 
 
 class RetentionBackend(CPUAttentionBackend):
     """CPU attention under a policy; `backend_for` makes one subclass per engine."""
 
     forward_includes_kv_cache_update = True
-    engine_key: ClassVar[str] = ""
+    policy: ClassVar[CachePolicy]
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
@@ -62,17 +68,17 @@ class RetentionBackend(CPUAttentionBackend):
         Raises:
             UnsupportedError: The layer is not plain full attention.
         """
-        policy = Engine.of(cls.engine_key).policy
         if type(spec) is not FullAttentionSpec or spec.head_size_v != spec.head_size:
             raise UnsupportedError(
-                f"kv_policy={policy} needs layers of plain full attention, "
+                f"kv_policy={cls.policy} needs layers of plain full attention, "
                 f"got {type(spec).__name__}; choose another model or drop the policy"
             )
-        return RetentionSpec.from_full(spec, policy.occupancy, cls.engine_key)
+        return RetentionSpec.from_full(spec, cls.policy.occupancy)
 
     @staticmethod
     def get_impl_cls() -> type["RetentionImpl"]:
-        """The attention implementation."""
+        """The attention implementation; asked for once the backend has been chosen."""
+        forget_choice()
         return RetentionImpl
 
     @staticmethod
@@ -81,11 +87,14 @@ class RetentionBackend(CPUAttentionBackend):
         return RetentionMetadataBuilder
 
 
-def backend_for(vllm_config: "VllmConfig") -> type[RetentionBackend]:
-    """The backend class of one engine: specs are made where no configuration is current."""
-    return type(
-        RetentionBackend.__name__, (RetentionBackend,), {"engine_key": vllm_config.instance_id}
-    )
+def backend_for(vllm_config: "VllmConfig", policy: CachePolicy) -> type[RetentionBackend]:
+    """The backend class of one engine: specs are made where no configuration is current.
+
+    Raises:
+        UnsupportedError: The engine uses a feature that the policy cannot work with.
+    """
+    check_engine(vllm_config, policy)
+    return type(RetentionBackend.__name__, (RetentionBackend,), {"policy": policy})
 
 
 class RetentionMetadataBuilder(CPUAttentionMetadataBuilder):
@@ -100,40 +109,37 @@ class RetentionMetadataBuilder(CPUAttentionMetadataBuilder):
     ) -> None:
         """Find the engine, and tell its book what a block costs."""
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.engine = Engine.of(vllm_config.instance_id)
+        self.engine = Engine.of(vllm_config)
         self.engine.book.page_bytes = kv_cache_spec.page_size_bytes
         self.engine.book.full_page_bytes = kv_cache_spec.unpadded_page_size_bytes
 
-    def build(
+    def build(  # pyright: ignore[reportIncompatibleMethodOverride]: our own metadata
         self,
         common_prefix_len: int,
         common_attn_metadata: "CommonAttentionMetadata",
         fast_build: bool = False,
-    ) -> RetentionMetadata:  # pyright: ignore[reportIncompatibleMethodOverride]
+    ) -> RetentionMetadata:
         """Plan a forward from the batch's lengths and block table."""
         common = common_attn_metadata
         rows = self._rows(common)
-        plan = make_plan(
-            rows, common.block_table_tensor, self.block_size, common.num_actual_tokens
-        )
-        scheduled = None if plan.in_place is None else self._schedule(plan.in_place)
-        return RetentionMetadata(plan, scheduled)
+        plan = make_plan(rows, common.block_table_tensor, self.block_size, common.num_actual_tokens)
+        schedule = None if plan.in_place is None else self._schedule(plan.in_place)
+        return RetentionMetadata(plan, schedule)
 
     def _rows(self, common: "CommonAttentionMetadata") -> list[Row]:
-        """The rows of live requests; dummy rows of warm-up own no blocks."""
+        """The rows of requests; dummy rows of warm-up own no blocks."""
         starts = common.query_start_loc_cpu.tolist()
         lengths = common.seq_lens.tolist()
         first_blocks = common.block_table_tensor[:, 0].tolist()
         rows: list[Row] = []
         for index in range(common.num_reqs):
             count = starts[index + 1] - starts[index]
-            account = self.engine.book.account_at(first_blocks[index])
-            if count == 0 or account is None:
+            if count == 0 or first_blocks[index] == _NULL_BLOCK:
                 continue
-            policy = self.engine.policy_of_row(index)
-            row = Row(index, policy, starts[index], count, lengths[index] - count, account)
-            account.policy, account.tokens = policy, row.total
-            rows.append(row)
+            policy, total = self.engine.policy_of_row(index), lengths[index]
+            request_id = self.engine.request_id_of_row(index, first_blocks[index])
+            account = self.engine.book.post(request_id, policy, total - count, total)
+            rows.append(Row(index, policy, starts[index], count, total - count, account))
         return rows
 
     def _schedule(self, part: InPlace) -> Tensor:
@@ -162,8 +168,7 @@ class RetentionImpl(CPUAttentionBackendImpl):
         """Refuse engines and layers under which the policy could not keep its promises."""
         super().__init__(num_heads, head_size, *args, **kwargs)
         vllm_config = get_current_vllm_config()
-        self.engine = Engine.of(vllm_config.instance_id)
-        check_engine(vllm_config, self.engine.policy)
+        self.engine = Engine.of(vllm_config)
         self._check_layer()
         self.engine.has_layers = True
         self.rotary = _plain_rotary(vllm_config.model_config.hf_text_config, head_size)
@@ -173,7 +178,9 @@ class RetentionImpl(CPUAttentionBackendImpl):
                 "scaling; use rope=keep"
             )
         self._layers: dict[Any, AttentionLayer] = {}
-        self._pages: Pages | None = None
+        self._bound_to: int | None = None
+        self._kernel: Kernel
+        self._pages: Pages
 
     def _check_layer(self) -> None:
         """Refuse attention that is more than a causal softmax over keys."""
@@ -192,7 +199,7 @@ class RetentionImpl(CPUAttentionBackendImpl):
                     "choose another model or drop the policy"
                 )
 
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]: our own metadata
         self,
         layer: Any,
         query: Tensor,
@@ -218,55 +225,16 @@ class RetentionImpl(CPUAttentionBackendImpl):
         if attn_metadata is None:
             return output
         plan, index = attn_metadata.plan, extract_layer_index(layer.layer_name)
-        pages = self._pages_of(kv_cache, layer.isa, index)
+        self._bind(kv_cache, layer.isa, index)
+        batch = LayerBatch(query, key, value, output)
         if plan.in_place is not None:
-            self._attend_in_place(
-                layer, plan.in_place, attn_metadata.scheduler_metadata, pages, kv_cache,
-                query, key, value, output,
-            )
-            for decision in plan.decisions:
-                decide(decision, self._layer(decision.policy, index), pages, query)
+            assert attn_metadata.schedule is not None, "made with the plan"
+            attend_in_place(plan.in_place, self._kernel, self._pages, batch, attn_metadata.schedule)
+        for decision in plan.decisions:
+            decide(decision, self._layer(decision.policy, index), self._pages, query)
         for part in plan.walks:
-            walk(part, self._layer(part.policy, index), pages, query, key, value, output)
+            walk(part, self._layer(part.policy, index), self._pages, batch)
         return output
-
-    def _attend_in_place(
-        self, layer: Any, part: InPlace, scheduled: Tensor | None, pages: Pages, kv_cache: Tensor,
-        query: Tensor, key: Tensor, value: Tensor, output: Tensor,
-    ) -> None:
-        """Append the rows' tokens to their slots and run vLLM's kernel over them."""
-        tokens = slice(0, len(part.block)) if part.tokens is None else part.tokens
-        halves = kv_cache.view(kv_cache.shape[0], kv_cache.shape[1], -1, self.head_size)
-        key_cache, value_cache = halves.chunk(2, dim=2)
-        ops.cpu_attn_reshape_and_cache(
-            key[tokens],
-            value[tokens],
-            key_cache,
-            value_cache,
-            part.block * pages.block_size + part.offset,
-            layer.isa,
-        )
-        pages.positions[part.block, :, part.offset] = part.positions[:, None]
-        pages.accumulated[part.block, :, part.offset] = 0.0
-        attended = output[tokens] if part.tokens is None else torch.empty_like(output[tokens])
-        ops.cpu_attention_with_kv_cache(
-            query=query[tokens],
-            key_cache=key_cache,
-            value_cache=value_cache,
-            output=attended,
-            query_start_loc=part.query_start_loc,
-            seq_lens=part.seq_lens,
-            scale=self.scale,
-            causal=True,
-            alibi_slopes=None,
-            sliding_window=-1,
-            block_table=part.block_table,
-            softcap=0,
-            scheduler_metadata=scheduled,
-            s_aux=None,
-        )
-        if part.tokens is not None:
-            output[tokens] = attended
 
     def _layer(self, policy: Any, index: int) -> AttentionLayer:
         """The core's view of this layer under a policy."""
@@ -276,11 +244,12 @@ class RetentionImpl(CPUAttentionBackendImpl):
             self._layers[policy] = layer
         return layer
 
-    def _pages_of(self, kv_cache: Tensor, isa: str, index: int) -> Pages:
-        """Views of this layer's cache, made when vLLM first hands it over."""
-        if self._pages is None or self._pages.keys.data_ptr() != kv_cache.data_ptr():
+    def _bind(self, kv_cache: Tensor, isa: str, index: int) -> None:
+        """View this layer's cache when vLLM first hands it over, or another one."""
+        if self._bound_to != kv_cache.data_ptr():
+            self._bound_to = kv_cache.data_ptr()
+            self._kernel = Kernel.over(kv_cache, isa, self.scale)
             self._pages = self.engine.book.layers[index] = Pages.of(kv_cache, isa)
-        return self._pages
 
 
 def _reindexes(policy: Any) -> bool:
@@ -294,6 +263,3 @@ def _plain_rotary(config: Any, head_size: int) -> Rotary | None:
     is_plain = parameters.get("rope_type", "default") == "default"
     is_whole = parameters.get("partial_rotary_factor", 1.0) == 1.0
     return Rotary.from_theta(theta, head_size) if theta and is_plain and is_whole else None
-
-
-__all__ = ["Cells", "RetentionBackend", "RetentionImpl", "backend_for"]

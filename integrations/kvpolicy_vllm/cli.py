@@ -13,7 +13,7 @@ from kvpolicy import PolicyError, parse
 from kvpolicy_vllm.config import ALLOW_KEY, KEY
 from kvpolicy_vllm.frontend import announce
 
-EXTENSION = "kvpolicy_vllm.extension.WorkerExtension"
+WORKER = "kvpolicy_vllm.worker.PolicyWorker"
 
 
 def engine_settings(spec: str, allow: Sequence[str] = ()) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def engine_settings(spec: str, allow: Sequence[str] = ()) -> dict[str, Any]:
     additional: dict[str, Any] = {KEY: str(policy)}
     if allow:
         additional[ALLOW_KEY] = list(allow)
-    return {"additional_config": additional, "worker_extension_cls": EXTENSION}
+    return {"additional_config": additional, "worker_cls": WORKER}
 
 
 class _PolicyAction(argparse.Action):
@@ -47,8 +47,8 @@ class _PolicyAction(argparse.Action):
             parser.error(str(error))
         merged = {**(getattr(namespace, "additional_config", None) or {})}
         namespace.additional_config = {**merged, **settings["additional_config"]}
-        if not getattr(namespace, "worker_extension_cls", ""):
-            namespace.worker_extension_cls = settings["worker_extension_cls"]
+        if getattr(namespace, "worker_cls", "auto") == "auto":
+            namespace.worker_cls = settings["worker_cls"]
 
 
 def add_flag(parser: argparse.ArgumentParser) -> None:

@@ -32,6 +32,19 @@ def install() -> None:
             register_backend(member, f"{__name__}.{member.name}")
 
 
+def forget_choice() -> None:
+    """Make vLLM choose the backend of the next engine afresh.
+
+    vLLM remembers its choice per process without the configuration in the key, so that a
+    second engine of the process would run the first one's classes.
+    """
+    from vllm.v1.attention.selector import (
+        _cached_get_attn_backend,  # pyright: ignore[reportPrivateUsage]
+    )
+
+    _cached_get_attn_backend.cache_clear()
+
+
 def __getattr__(name: str) -> "type[AttentionBackend]":
     """Resolve a backend of vLLM's table under the current configuration."""
     if name not in _stock:
@@ -48,4 +61,4 @@ def __getattr__(name: str) -> "type[AttentionBackend]":
         )
     from kvpolicy_vllm.backend import backend_for
 
-    return backend_for(vllm_config)
+    return backend_for(vllm_config, policy)

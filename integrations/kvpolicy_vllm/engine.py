@@ -1,5 +1,6 @@
-"""What one engine of this process shares between vLLM's scheduler, worker and sampler side."""
+"""What one engine's worker shares between attention, batch tracking and ledgers."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from kvpolicy_vllm.config import KEY, check_policy, configured_policy
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.sampling_params import SamplingParams
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 logger = init_logger(__name__)
 
@@ -27,12 +29,15 @@ class Engine:
         book: Accounts of its requests.
         rows: Policies that requests asked for, by row of the running batch.
         has_layers: Whether a layer has been built with this host's attention.
+        runner: vLLM's model runner, which knows the requests; None where the engine was
+            configured without `kvpolicy_vllm.worker`.
     """
 
     policy: CachePolicy
     book: Book = field(default_factory=Book)
     rows: dict[int, CachePolicy] = field(default_factory=dict)
     has_layers: bool = False
+    runner: "GPUModelRunner | None" = None
 
     @classmethod
     def start(cls, vllm_config: "VllmConfig") -> "Engine | None":
@@ -45,9 +50,31 @@ class Engine:
         return engine
 
     @staticmethod
-    def of(key: str) -> "Engine":
-        """The engine of a configuration's `instance_id`."""
-        return _engines[key]
+    def of(vllm_config: "VllmConfig") -> "Engine":
+        """The engine of a configuration that was started in this process."""
+        return _engines[vllm_config.instance_id]
+
+    @staticmethod
+    def find(vllm_config: "VllmConfig") -> "Engine | None":
+        """The engine of a configuration; None when it runs stock vLLM."""
+        return _engines.get(vllm_config.instance_id)
+
+    def request_id_of_row(self, row: int, first_block: int) -> str:
+        """Name of the request in a row: vLLM's id, or its first block where that is unknown."""
+        if self.runner is None:
+            return f"block {first_block}"
+        return self.runner.input_batch.req_ids[row]
+
+    def blocks_of(self, request_id: str) -> list[int]:
+        """Physical blocks of a request that the model runner still knows."""
+        assert self.runner is not None, "only asked for where requests are known"
+        return list(self.runner.requests[request_id].block_ids[0])
+
+    def close(self, request_ids: Iterable[str]) -> None:
+        """Close the accounts of requests while their pages still stand."""
+        for request_id in request_ids:
+            if request_id in self.book.accounts:
+                self.book.close(request_id, self.blocks_of(request_id))
 
     def policy_of_row(self, row: int) -> CachePolicy:
         """Policy of a row of the running batch."""

@@ -5,6 +5,7 @@ G query heads per KV head, D head dimension, Q tokens of a row.
 """
 
 from time import perf_counter
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +14,49 @@ from kvpolicy.attention import AttentionLayer
 from kvpolicy.lookahead import extend
 from kvpolicy.selection import select_victims
 from kvpolicy.slots import Slots
+from kvpolicy_vllm.kernel import Kernel
 from kvpolicy_vllm.pages import Cells, Pages, put_rows, rows_of
-from kvpolicy_vllm.plan import Decision, Row, Walk
+from kvpolicy_vllm.plan import Decision, InPlace, Row, Walk
+
+
+class LayerBatch(NamedTuple):
+    """A batch's tensors in one layer.
+
+    Attributes:
+        query: [T, H, D].
+        key: [T, H_kv, D], rotated.
+        value: [T, H_kv, D].
+        output: [T, H, D], to be written.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    output: Tensor
+
+
+def attend_in_place(
+    part: InPlace, kernel: Kernel, pages: Pages, batch: LayerBatch, schedule: Tensor
+) -> None:
+    """Append rows' tokens to their slots and run vLLM's kernel over them."""
+    tokens = slice(0, len(part.slots)) if part.tokens is None else part.tokens
+    kernel.append(batch.key[tokens], batch.value[tokens], part.slots)
+    pages.begin(part.block, part.offset, part.positions)
+    attended = (
+        batch.output[tokens]
+        if part.tokens is None
+        else batch.output.new_empty(len(part.slots), *batch.output.shape[1:])
+    )
+    kernel.attend(
+        batch.query[tokens],
+        attended,
+        part.query_start_loc,
+        part.seq_lens,
+        part.block_table,
+        schedule,
+    )
+    if part.tokens is not None:
+        batch.output[tokens] = attended
 
 
 def decide(decision: Decision, layer: AttentionLayer, pages: Pages, query: Tensor) -> None:
@@ -52,18 +94,14 @@ def _weights(decision: Decision, layer: AttentionLayer, pages: Pages, query: Ten
     return layer.pool(weights[:, :, :, None])[:, :, 0]
 
 
-def _accumulate(
-    decision: Decision, layer: AttentionLayer, pages: Pages, weights: Tensor
-) -> None:
+def _accumulate(decision: Decision, layer: AttentionLayer, pages: Pages, weights: Tensor) -> None:
     """Fold the newest tokens' rows into the statistic kept with the slots."""
     before = rows_of(pages.accumulated, decision.blocks, weights.shape[-1])
     after = layer.fold(before, weights[:, :, None], decision.visible.view(-1, 1, 1))
     put_rows(pages.accumulated, decision.blocks, after)
 
 
-def _evict(
-    decision: Decision, layer: AttentionLayer, pages: Pages, weights: Tensor | None
-) -> None:
+def _evict(decision: Decision, layer: AttentionLayer, pages: Pages, weights: Tensor | None) -> None:
     """Choose the victims of the rows that are due and fill the holes they leave."""
     due = torch.tensor(decision.due)
     blocks, capacity = decision.blocks[due], int(decision.visible[due[0]])
@@ -105,41 +143,30 @@ def fill_holes(pages: Pages, blocks: Tensor, victims: Tensor, retained: int) -> 
     )
 
 
-def walk(
-    part: Walk,
-    layer: AttentionLayer,
-    pages: Pages,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-) -> None:
+def walk(part: Walk, layer: AttentionLayer, pages: Pages, batch: LayerBatch) -> None:
     """Process rows over a dense copy of their slots, and write the copy back.
 
     Args:
         part: Rows in lockstep.
         layer: The attention layer under their policy.
         pages: The layer's pages; changed in place.
-        query: [T, H, D] of the whole batch; key, value: [T, H_kv, D].
-        output: [T, H, D], written at the rows' tokens.
+        batch: The whole batch; the output is written at the rows' tokens.
     """
-    begin = perf_counter()
+    spent = layer.stopwatch.seconds
     slots = _load(part, pages)
     attended = extend(
         layer,
         slots,
-        query[part.tokens].transpose(1, 2),
-        key[part.tokens].transpose(1, 2),
-        value[part.tokens].transpose(1, 2),
+        batch.query[part.tokens].transpose(1, 2),
+        batch.key[part.tokens].transpose(1, 2),
+        batch.value[part.tokens].transpose(1, 2),
     )  # [R, H, Q, D]
-    output[part.tokens] = attended.transpose(1, 2).to(output.dtype)
+    batch.output[part.tokens] = attended.transpose(1, 2).to(batch.output.dtype)
     _store(part, slots, pages)
     kv_heads = pages.positions.shape[1]
-    for row in part.rows:
-        occupancy = row.policy.occupancy
-        dropped = occupancy.held(row.seen) + row.num_tokens - occupancy.held(row.total)
-        row.account.evicted_cells += dropped * kv_heads
-    _post_time(part.rows, perf_counter() - begin)
+    for row, evicted in zip(part.rows, slots.evicted, strict=True):
+        row.account.evicted_cells += evicted * kv_heads
+    _post_time(part.rows, layer.stopwatch.seconds - spent)
 
 
 def _load(part: Walk, pages: Pages) -> Slots:

@@ -86,6 +86,11 @@ class Pages:
         paired = values.unflatten(-1, (dim // 16, 16)).unflatten(-3, (size // 2, 2))
         self.values[blocks] = paired.permute(0, 1, 2, 5, 3, 6, 4)
 
+    def begin(self, block: Tensor, offset: Tensor, positions: Tensor) -> None:
+        """Start the policy state of new tokens [M], in the same slot of every head."""
+        self.positions[block, :, offset] = positions[:, None]
+        self.accumulated[block, :, offset] = 0.0
+
     def move(self, source: Cells, target: Cells) -> None:
         """Copy cells with their policy state; sources and targets are disjoint."""
         for cache, index in ((self.keys, self._key_index), (self.values, self._value_index)):

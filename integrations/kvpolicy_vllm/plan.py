@@ -79,8 +79,9 @@ class InPlace:
     Attributes:
         rows: The rows, in batch order.
         tokens: [T'] indices of their tokens; None when they are the whole batch.
-        block: [T'] block that receives each token.
-        offset: [T'] offset within that block.
+        slots: [T'] physical slot that receives each token.
+        block: [T'] the slot's block.
+        offset: [T'] the slot's offset within the block.
         positions: [T'] position of each token.
         query_start_loc: [R + 1] int32, as the kernel wants it.
         seq_lens: [R] int32 slots that the last token of each row attends to.
@@ -89,6 +90,7 @@ class InPlace:
 
     rows: list[Row]
     tokens: Tensor | None
+    slots: Tensor
     block: Tensor
     offset: Tensor
     positions: Tensor
@@ -166,9 +168,7 @@ def make_plan(rows: list[Row], block_table: Tensor, block_size: int, num_tokens:
     )
 
 
-def _in_place(
-    rows: list[Row], block_table: Tensor, block_size: int, num_tokens: int
-) -> InPlace:
+def _in_place(rows: list[Row], block_table: Tensor, block_size: int, num_tokens: int) -> InPlace:
     counts = torch.tensor([row.num_tokens for row in rows])
     starts = torch.tensor([row.first_token for row in rows])
     seen = torch.tensor([row.seen for row in rows])
@@ -179,11 +179,13 @@ def _in_place(
     within = torch.arange(int(ends[-1])) - (ends - counts)[owner]
     slot = held[owner] + within
     tokens = starts[owner] + within
+    block, offset = table[owner, slot // block_size].long(), slot % block_size
     return InPlace(
         rows=rows,
         tokens=None if len(tokens) == num_tokens else tokens,
-        block=table[owner, slot // block_size].long(),
-        offset=slot % block_size,
+        slots=block * block_size + offset,
+        block=block,
+        offset=offset,
         positions=(seen[owner] + within).int(),
         query_start_loc=torch.cat([torch.zeros(1, dtype=torch.int32), ends.int()]),
         seq_lens=(held + counts).int(),

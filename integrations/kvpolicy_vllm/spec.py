@@ -13,7 +13,6 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from kvpolicy import Occupancy
-from kvpolicy_vllm.engine import Engine
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -33,15 +32,13 @@ class RetentionSpec(AttentionSpec):
 
     Attributes:
         occupancy: The server policy's law.
-        engine: Key of the engine in this process.
     """
 
     dcp_sharded: bool = False
     occupancy: Occupancy
-    engine: str
 
     @classmethod
-    def from_full(cls, spec: AttentionSpec, occupancy: Occupancy, engine: str) -> "RetentionSpec":
+    def from_full(cls, spec: AttentionSpec, occupancy: Occupancy) -> "RetentionSpec":
         """Replace a full-attention layer's spec; K and V stay where vLLM's kernel wants them."""
         cells = spec.block_size * spec.num_kv_heads
         return cls(
@@ -52,7 +49,6 @@ class RetentionSpec(AttentionSpec):
             dtype=spec.dtype,
             page_size_padded=spec.unpadded_page_size_bytes + cells * STATE_BYTES,
             occupancy=occupancy,
-            engine=engine,
         )
 
     @property
@@ -76,11 +72,6 @@ class RetentionManager(SingleTypeKVCacheManager):
 
     kv_cache_spec: RetentionSpec
 
-    def __init__(self, kv_cache_spec: RetentionSpec, **kwargs: Any) -> None:
-        """Connect to the engine's book, which turns blocks into requests."""
-        super().__init__(kv_cache_spec, **kwargs)
-        self.book = Engine.of(kv_cache_spec.engine).book
-
     def _num_missing_blocks(self, request_id: str, num_tokens: int) -> int:
         needed = self.kv_cache_spec.occupancy.num_blocks(num_tokens, self.block_size)
         return max(0, needed - len(self.req_to_blocks.get(request_id, ())))
@@ -95,15 +86,9 @@ class RetentionManager(SingleTypeKVCacheManager):
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> "list[KVCacheBlock]":
         """Add the blocks that `num_tokens` tokens need beyond those held."""
-        held = self.req_to_blocks[request_id]
         missing = self._num_missing_blocks(request_id, num_tokens)
-        if missing == 0:
-            return []
-        added = self.block_pool.get_new_blocks(missing)
-        is_new = not held
-        held.extend(added)
-        if is_new:
-            self.book.open(request_id, held)
+        added = self.block_pool.get_new_blocks(missing) if missing else []
+        self.req_to_blocks[request_id].extend(added)
         return added
 
     def allocate_external_computed_blocks(self, *args: Any, **kwargs: Any) -> None:
@@ -123,14 +108,14 @@ class RetentionManager(SingleTypeKVCacheManager):
         """Requests have no blocks in common."""
         return 0
 
-    def free(self, request_id: str) -> None:
-        """Close the request's ledger while its pages still stand, then free them."""
-        self.book.close(request_id)
-        super().free(request_id)
-
     @classmethod
     def find_longest_cache_hit(
-        cls, block_hashes: Any, max_length: int, kv_cache_group_ids: Sequence[int], *_: Any, **__: Any
+        cls,
+        block_hashes: Any,
+        max_length: int,
+        kv_cache_group_ids: Sequence[int],
+        *_: Any,
+        **__: Any,
     ) -> "tuple[tuple[list[KVCacheBlock], ...], int]":
         """No block is ever shared."""
         return tuple([] for _ in kv_cache_group_ids), 0

@@ -15,6 +15,7 @@ from vllm.v1.sample.logits_processor.interface import (
 
 from kvpolicy import PolicyError, UnsupportedError, parse
 from kvpolicy_vllm.config import KEY, check_policy
+from kvpolicy_vllm.dispatch import forget_choice
 from kvpolicy_vllm.engine import Engine, check_request
 from kvpolicy_vllm.frontend import server_policy
 
@@ -47,17 +48,11 @@ class RequestPolicies(LogitsProcessor):
         if server is not None:
             check_request(policy, server)
 
-    def __init__(self, vllm_config: "VllmConfig", device: "torch.device", is_pin_memory: bool):
-        """Begin this engine, and make vLLM choose its attention backend afresh.
-
-        vLLM remembers the backend per process without the policy in its key; forgetting it
-        here, before the model is loaded, gives every engine of a process its own.
-        """
-        from vllm.v1.attention.selector import (
-            _cached_get_attn_backend,  # pyright: ignore[reportPrivateUsage]
-        )
-
-        _cached_get_attn_backend.cache_clear()
+    def __init__(
+        self, vllm_config: "VllmConfig", device: "torch.device", is_pin_memory: bool
+    ) -> None:
+        """Begin this engine; the model, and with it the attention backend, comes later."""
+        forget_choice()
         self.engine = Engine.start(vllm_config)
 
     def is_argmax_invariant(self) -> bool:

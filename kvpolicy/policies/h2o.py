@@ -1,11 +1,12 @@
 """H2O: keeps heavy hitters by accumulated attention, and recent tokens."""
 
-from typing import ClassVar, Literal
-
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from kvpolicy.errors import PolicyError
 from kvpolicy.policy import Accumulation, ScorePolicy, View, spec_key
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class H2O(ScorePolicy):
@@ -45,7 +46,7 @@ class H2O(ScorePolicy):
         """Plain, decayed or relative sums."""
         return Accumulation(decay=self.decay, relative=self.statistic == "relative")
 
-    def score(self, view: View) -> Tensor:
+    def score(self, view: View) -> "Tensor":
         """Rate a slot by its accumulated attention."""
         assert view.accumulated is not None
         if self.statistic == "sum":

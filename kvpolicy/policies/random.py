@@ -1,10 +1,11 @@
 """Random eviction: the floor that every policy must beat."""
 
-from typing import ClassVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from kvpolicy.policy import EvictionPolicy, View
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Random(EvictionPolicy):
@@ -20,7 +21,7 @@ class Random(EvictionPolicy):
 
     seed: int = 0
 
-    def score(self, view: View) -> Tensor:
+    def score(self, view: View) -> "Tensor":
         """Rate a slot by the hash of its identity."""
         state = splitmix64(view.n * 0 + self.seed)
         for value in (view.layer, view.kv_heads, view.n, view.positions):
@@ -31,7 +32,7 @@ class Random(EvictionPolicy):
 _SIGN = -(1 << 63)
 
 
-def splitmix64(x: Tensor) -> Tensor:
+def splitmix64(x: "Tensor") -> "Tensor":
     """The splitmix64 finaliser on int64 tensors, which wrap like the unsigned 64-bit words."""
     x = x + _word(0x9E3779B97F4A7C15)
     x = (x ^ _shift(x, 30)) * _word(0xBF58476D1CE4E5B9)
@@ -44,6 +45,6 @@ def _word(value: int) -> int:
     return value - (1 << 64)
 
 
-def _shift(x: Tensor, bits: int) -> Tensor:
+def _shift(x: "Tensor", bits: int) -> "Tensor":
     """Logical right shift: int64 shifts arithmetically, so drop the copied sign bits."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,11 +1,12 @@
 """Attention sinks: keeps the first tokens and the most recent ones."""
 
-from typing import ClassVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from kvpolicy.errors import PolicyError
 from kvpolicy.policy import EvictionPolicy, View
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Sinks(EvictionPolicy):
@@ -42,6 +43,6 @@ class Sinks(EvictionPolicy):
         """Number of first tokens that are never evicted."""
         return self.sinks
 
-    def score(self, view: View) -> Tensor:
+    def score(self, view: View) -> "Tensor":
         """Rate a slot by its position; the sinks themselves are protected."""
         return view.positions

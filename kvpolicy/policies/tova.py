@@ -1,10 +1,11 @@
 """TOVA: keeps the tokens that the newest token attends to."""
 
-from typing import ClassVar, Literal
-
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from kvpolicy.policy import ScorePolicy, View
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class TOVA(ScorePolicy):
@@ -25,7 +26,7 @@ class TOVA(ScorePolicy):
 
     scope: Literal["head", "layer"] = "layer"
 
-    def score(self, view: View) -> Tensor:
+    def score(self, view: View) -> "Tensor":
         """Rate a slot by the newest token's attention to it."""
         assert view.weights is not None
         return view.weights

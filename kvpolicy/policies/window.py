@@ -1,10 +1,11 @@
 """FIFO window: keeps the most recent tokens."""
 
-from typing import ClassVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from kvpolicy.policy import EvictionPolicy, View
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Window(EvictionPolicy):
@@ -23,6 +24,6 @@ class Window(EvictionPolicy):
     paper: ClassVar[str] = "Beltagy et al. 2020, arXiv 2004.05150"
     reindexable: ClassVar[bool] = True
 
-    def score(self, view: View) -> Tensor:
+    def score(self, view: View) -> "Tensor":
         """Rate a slot by its position: the oldest goes first."""
         return view.positions

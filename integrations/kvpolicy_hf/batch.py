@@ -1,0 +1,195 @@
+"""The rows of one cache: which new tokens are real, and which rows advance in lockstep.
+
+Padding has no position and no slot. The rows of a left-padded batch differ in length, so a
+chunk of new columns is split into groups of rows that the core can advance together.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kvpolicy import KVPolicyError, UnsupportedError
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows that have seen equally many tokens and get equally many.
+
+    Attributes:
+        rows: Their indices in the batch.
+        columns: [rows, new tokens] columns of the chunk that hold their tokens.
+    """
+
+    rows: list[int]
+    columns: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The new columns of one forward.
+
+    Attributes:
+        num_columns: Columns, padding included.
+        new_tokens: Real tokens per row.
+        groups: Rows in lockstep; None if all rows advance together, by every column: one
+            column, whatever their lengths, or several at equal lengths.
+    """
+
+    num_columns: int
+    new_tokens: list[int]
+    groups: list[Group] | None
+
+
+@dataclass
+class Batch:
+    """What the layers of a cache share: its rows' lengths and the forward under way.
+
+    Attributes:
+        num_layers: Layers that every forward visits in order.
+        limit: Most tokens per row that the model's positions allow; None: any number.
+        policy: The policy's spec, for messages.
+        tokens: Real tokens seen, per row; empty before the first forward.
+        columns: Columns seen, padding included: what attention masks are indexed by.
+    """
+
+    num_layers: int
+    limit: int | None
+    policy: str
+    tokens: list[int] = field(default_factory=list)
+    columns: int = 0
+    _chunk: Chunk | None = None
+    _next_layer: int | None = 0
+
+    def begin(self, layer: int, shape: tuple[int, int], mask: Tensor | None) -> Chunk:
+        """Say what a layer is to do in this forward; the first layer checks it all.
+
+        Args:
+            layer: The layer's index.
+            shape: Rows and columns, (B, Q).
+            mask: None or [B, 1, Q, Q].
+
+        Raises:
+            UnsupportedError: The forward cannot be honoured; nothing has changed.
+            KVPolicyError: The layers have lost step, because a forward failed midway.
+        """
+        self.require_turn(layer)
+        if layer == 0:
+            chunk = self._plan(shape, mask)
+            self._require_room(chunk)
+            self._chunk = chunk
+        assert self._chunk is not None, "the first layer made it"
+        self._next_layer = None
+        return self._chunk
+
+    def finish(self, layer: int) -> None:
+        """Note that a layer is done; after the last one the rows have advanced."""
+        self._next_layer = (layer + 1) % self.num_layers
+        if self._next_layer == 0:
+            chunk = self._chunk
+            assert chunk is not None, "begin made it"
+            seen = self._seen(len(chunk.new_tokens))
+            self.tokens = [n + new for n, new in zip(seen, chunk.new_tokens, strict=True)]
+            self.columns += chunk.num_columns
+            self._chunk = None
+
+    def fail(self, layer: int) -> None:
+        """Note that a layer failed and holds what it held before."""
+        if layer == 0:
+            self._chunk, self._next_layer = None, 0
+
+    def reset(self) -> None:
+        """Forget the rows and whatever went wrong with them."""
+        self.tokens, self.columns = [], 0
+        self._chunk, self._next_layer = None, 0
+
+    def require_turn(self, layer: int) -> None:
+        """Raise KVPolicyError unless a layer is the next to come."""
+        if layer == self._next_layer:
+            return
+        if layer == 0:
+            self.require_consistent()
+        raise KVPolicyError(
+            f"layer {layer} came when the cache expected layer {self._next_layer}: the attention "
+            "function never saw the layer between, or layers were skipped; use the cache with "
+            "the model it was made for, with all its layers"
+        )
+
+    def require_consistent(self) -> None:
+        """Raise KVPolicyError if a forward stopped between the first and the last layer."""
+        if self._next_layer != 0:
+            raise KVPolicyError(
+                "the last forward with this cache failed midway, so its layers differ in length; "
+                "call reset() and feed the tokens again, or go on with a copy made before"
+            )
+
+    def require_row(self, row: int) -> None:
+        """Raise unless a row can be reported: IndexError if there is none of that number."""
+        self.require_consistent()
+        if self.tokens and not 0 <= row < len(self.tokens):
+            raise IndexError(f"row {row} of a cache with {len(self.tokens)} rows")
+
+    def _seen(self, rows: int) -> list[int]:
+        return self.tokens or [0] * rows
+
+    def _plan(self, shape: tuple[int, int], mask: Tensor | None) -> Chunk:
+        rows, queries = shape
+        seen = self._seen(rows)
+        if rows != len(seen):
+            raise UnsupportedError(
+                f"the cache holds {len(seen)} rows but the forward has {rows}; use one "
+                "PolicyCache per batch, or reset() it"
+            )
+        real = None if mask is None else real_tokens(mask, rows, queries)
+        if real is None or bool(real.all()):
+            columns = [list(range(queries))] * rows
+            together = queries == 1 or len(set(seen)) == 1
+        else:
+            columns = [row.nonzero()[:, 0].tolist() for row in real.cpu()]
+            together = False
+        groups = None if together else _groups(seen, columns)
+        return Chunk(queries, [len(row) for row in columns], groups)
+
+    def _require_room(self, chunk: Chunk) -> None:
+        seen = self._seen(len(chunk.new_tokens))
+        longest = max(n + new for n, new in zip(seen, chunk.new_tokens, strict=True))
+        if self.limit is not None and longest > self.limit:
+            raise UnsupportedError(
+                f"{self.policy}: a row would reach {longest} tokens, past the model's "
+                f"max_position_embeddings={self.limit}; add rope_beyond=allow to let positions "
+                "run on, or use rope=reindex where the policy has it"
+            )
+
+
+def real_tokens(mask: Tensor, rows: int, queries: int) -> Tensor:
+    """Read from a mask of the new tokens which are not padding; [B, Q] bool.
+
+    Args:
+        mask: [B or 1, 1, Q, Q], bool or additive float.
+        rows: B.
+        queries: Q.
+
+    Raises:
+        UnsupportedError: It is not a causal mask with padding.
+    """
+    if mask.shape[0] in (1, rows) and mask.shape[1:] == (1, queries, queries):
+        visible = mask if mask.dtype == torch.bool else mask == 0
+        real = visible.diagonal(dim1=-2, dim2=-1)[:, 0]  # [B or 1, Q]
+        causal = torch.ones(queries, queries, dtype=torch.bool, device=mask.device).tril()
+        if torch.equal(visible[:, 0], causal & real[:, None]):
+            return real.expand(rows, -1)
+    raise UnsupportedError(
+        f"got an attention mask of shape {tuple(mask.shape)} that is not causal attention with "
+        f"padding over the {queries} new tokens; pass a 2D mask [batch, history + new tokens]"
+    )
+
+
+def _groups(seen: list[int], columns: list[list[int]]) -> list[Group]:
+    """Collect the rows with tokens by (tokens seen, new tokens)."""
+    groups: dict[tuple[int, int], Group] = {}
+    for row, (before, own) in enumerate(zip(seen, columns, strict=True)):
+        if own:
+            group = groups.setdefault((before, len(own)), Group([], []))
+            group.rows.append(row)
+            group.columns.append(own)
+    return list(groups.values())

@@ -1,0 +1,163 @@
+"""Which models a `PolicyCache` is right for, and why the others are refused."""
+
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedModel
+
+from kvpolicy import CachePolicy, UnsupportedError
+from kvpolicy.policy import NEEDS
+from kvpolicy.rotary import Rotary
+from kvpolicy_hf.attention import DELEGATES, NAME
+
+TESTED = {
+    "llama": "LlamaAttention",
+    "mistral": "MistralAttention",
+    "qwen3": "Qwen3Attention",
+    "gemma": "GemmaAttention",
+}
+"""Model types that are tested against the oracle, and their attention modules."""
+
+MOVING_ROPE = ("dynamic", "longrope")
+"""RoPE types whose frequencies depend on how long a forward is."""
+
+
+def require_supported(model: PreTrainedModel, policy: CachePolicy) -> None:
+    """Raise UnsupportedError unless the policy is honoured exactly on this model."""
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedError(
+            f"PolicyCache needs a transformers PreTrainedModel, got {type(model).__name__}; of a "
+            "wrapped model give the model inside"
+        )
+    reason = (
+        _unsupported_policy(policy)
+        or _unsupported_config(model.config)
+        or _unsupported_rope(model.config, policy)
+        or _unsupported_modules(model)
+        or _unsupported_setup(model)
+    )
+    if reason:
+        raise UnsupportedError(f"{policy} on {type(model).__name__}: {reason}")
+
+
+def attention_modules(model: PreTrainedModel) -> list[Any]:
+    """The model's attention modules in the order of their layers."""
+    name = TESTED[model.config.model_type]
+    found: list[Any] = [m for m in model.modules() if type(m).__name__ == name]
+    return sorted(found, key=lambda module: module.layer_idx)
+
+
+def rotary_of(model: PreTrainedModel) -> Rotary:
+    """The rotation that the model applies to keys, in the frequencies that it holds."""
+    decoder: Any = model.get_decoder()
+    return Rotary(decoder.rotary_emb.inv_freq.detach().float().clone())
+
+
+def position_limit(model: PreTrainedModel, policy: CachePolicy) -> int | None:
+    """Most tokens a row may see; None where positions may run on or are cache ranks."""
+    if policy.rope_beyond == "allow" or _is_reindexed(policy):
+        return None
+    return model.config.max_position_embeddings
+
+
+def _is_reindexed(policy: CachePolicy) -> bool:
+    return getattr(policy, "rope", "keep") == "reindex"
+
+
+def _unsupported_policy(policy: CachePolicy) -> str | None:
+    """Say what of the policy this host cannot do."""
+    prefill = getattr(policy, "prefill", "stream")
+    if prefill != "stream":
+        return f"prefill={prefill} is not supported here yet; use prefill=stream"
+    if policy.occupancy.state_slots:
+        return "memory states are not supported here yet; use a policy that only evicts"
+    unknown = sorted(set(policy.needs) - set(NEEDS))
+    if unknown:
+        return f"it needs {unknown}, and this host shows {NEEDS}; declare needs among these"
+    return None
+
+
+def _unsupported_config(config: PretrainedConfig) -> str | None:
+    """Say which feature of the model breaks the rules of retention."""
+    reasons = (
+        (config.is_encoder_decoder, "encoder-decoder models keep two caches"),
+        (bool(config.sub_configs), "multimodal models attend in more ways than one"),
+        (_is_hybrid(config), "it has layers of other types than full attention (hybrid)"),
+        (_get(config, "kv_lora_rank"), "multi-head latent attention (MLA) caches no keys"),
+        (_get(config, "attn_logit_softcapping"), "it caps attention logits (soft-capping)"),
+        (
+            _get(config, "sliding_window"),
+            f"it has a sliding_window of {_get(config, 'sliding_window')} tokens, which is a "
+            "retention rule of its own; if you want the policy instead, load the model with "
+            "sliding_window=None",
+        ),
+        (_get(config, "is_causal") is False, "its attention is not causal"),
+    )
+    for applies, reason in reasons:
+        if applies:
+            return f"{reason}; {_use_tested()}"
+    if config.model_type not in TESTED:
+        return f"model type {config.model_type!r} is not tested; {_use_tested()}"
+    return None
+
+
+def _unsupported_rope(config: PretrainedConfig, policy: CachePolicy) -> str | None:
+    """Say why the model's positions cannot be honoured."""
+    parameters = _get(config, "rope_parameters") or {}
+    rope_type = parameters.get("rope_type", "default")
+    if rope_type in MOVING_ROPE:
+        return (
+            f"RoPE of type {rope_type!r} rotates cached keys by frequencies that change with the "
+            "length of a forward, so results would depend on chunking; use rope_type=default, "
+            "linear, yarn or llama3"
+        )
+    if not _is_reindexed(policy):
+        return None
+    if rope_type != "default" or parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        return (
+            f"rope=reindex needs plain RoPE over whole heads, got {parameters}; use rope=keep, "
+            "with rope_beyond=allow if the text is longer than the model's positions"
+        )
+    return None
+
+
+def _unsupported_modules(model: PreTrainedModel) -> str | None:
+    """Say why the model's modules are not what its config promises."""
+    modules = attention_modules(model)
+    layers = model.config.num_hidden_layers
+    indices = [module.layer_idx for module in modules]
+    own = all(type(m).__module__.startswith("transformers.models.") for m in modules)
+    if indices != list(range(layers)) or not own:
+        return (
+            f"expected {layers} {TESTED[model.config.model_type]} modules of transformers, found "
+            f"{len(modules)}; custom or replaced attention is not tested"
+        )
+    implementation = model.config._attn_implementation
+    if implementation not in (NAME, *DELEGATES):
+        return (
+            f"attention implementation {implementation!r} makes no masks that show padding; call "
+            f"model.set_attn_implementation({DELEGATES[0]!r}) first"
+        )
+    return None
+
+
+def _unsupported_setup(model: PreTrainedModel) -> str | None:
+    """Say why the model is set up in a way that its cache cannot follow."""
+    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+        return "some of its weights are on the meta device; load them before making a cache"
+    if (model.tp_size or 1) > 1:
+        return "its heads are split over processes; load it without a tensor-parallel plan"
+    if model._compiled_call_impl is not None:
+        return "it is compiled, which needs static shapes; use it without compile()"
+    return None
+
+
+def _is_hybrid(config: PretrainedConfig) -> bool:
+    return set(_get(config, "layer_types") or ()) - {"full_attention"} != set()
+
+
+def _get(config: PretrainedConfig, name: str) -> Any:
+    return getattr(config, name, None)
+
+
+def _use_tested() -> str:
+    return f"use a model of type {', '.join(TESTED)} with full attention in every layer"

@@ -1,0 +1,4 @@
+"""How the bundled model is made: `python -m kvpolicy.bundled.training --help`.
+
+Reading order: corpus and tokenizer, tasks, schedule, model, optimiser, train, evaluate, export.
+"""

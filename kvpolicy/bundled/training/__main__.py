@@ -1,0 +1,49 @@
+"""Train the bundled model: `python -m kvpolicy.bundled.training --help`."""
+
+import argparse
+import datetime
+import sys
+from pathlib import Path
+
+from kvpolicy.bundled.training.launch import launch
+from kvpolicy.bundled.training.train import Settings
+
+
+def parse(arguments: list[str] | None = None) -> Settings:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m kvpolicy.bundled.training",
+        description="Train the bundled model. Started again with the same --work, it goes on "
+        "where it stopped; SIGTERM makes it save and stop.",
+    )
+    add = parser.add_argument
+    add("--books-train", type=Path, required=True, help="folder of .txt files, or tar archive")
+    add("--books-heldout", type=Path, required=True, help="folder of .txt files, or tar archive")
+    add("--work", type=Path, required=True, help="checkpoint, encoded books, log, process ids")
+    add("--out", type=Path, required=True, help="model folder to write")
+    add("--processes", type=int, default=2, help="one thread each; as many as free cores")
+    add("--max-tokens", type=float, default=100e6, help="end after this many tokens")
+    add("--minutes", type=float, default=600.0, help="end after this much training")
+    add("--until", help="end at this time, as 2026-01-31T18:00, instead of after --minutes")
+    add("--tokens-per-step", type=int, default=4096, help="per process")
+    add("--seed", type=int, default=0)
+    add("--eager", action="store_true", help="do without torch.compile and its C++ compiler")
+    given = parser.parse_args(arguments)
+    until = datetime.datetime.fromisoformat(given.until).timestamp() if given.until else None
+    return Settings(
+        books_train=given.books_train,
+        books_heldout=given.books_heldout,
+        work=given.work,
+        out=given.out,
+        processes=given.processes,
+        max_tokens=given.max_tokens,
+        minutes=given.minutes,
+        until=until,
+        tokens_per_step=given.tokens_per_step,
+        seed=given.seed,
+        is_compiled=not given.eager,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(launch(parse()))

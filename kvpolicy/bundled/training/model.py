@@ -1,0 +1,150 @@
+"""A small Llama in plain torch, with the parameter names of transformers."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """Sizes of the model; `export` writes the same numbers into `config.json`."""
+
+    vocabulary: int = 2048
+    hidden: int = 256
+    num_layers: int = 4
+    num_query_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 64
+    intermediate: int = 640
+    rope_theta: float = 1e5
+    norm_epsilon: float = 1e-5
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation, computed in float32."""
+
+    def __init__(self, width: int, epsilon: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.epsilon = epsilon
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        wide = hidden.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.epsilon)
+        return (wide * scale).to(hidden.dtype) * self.weight
+
+
+def rotary_frequency(head_dim: int, theta: float) -> Tensor:
+    """Return the angle per position of each pair of coordinates, fastest first."""
+    return theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+
+
+def rotary_tables(length: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines, each [T, D], in the half-split layout of Llama."""
+    positions = torch.arange(length, dtype=torch.float32)
+    angle = torch.outer(positions, rotary_frequency(head_dim, theta))
+    angle = torch.cat((angle, angle), dim=-1)  # [T, D]
+    return angle.cos(), angle.sin()
+
+
+def rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Apply rotary positions to `heads`, [B, H, T, D]."""
+    left, right = heads.chunk(2, dim=-1)
+    return heads * cosine + torch.cat((-right, left), dim=-1) * sine
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention."""
+
+    def __init__(self, sizes: Architecture) -> None:
+        super().__init__()
+        self.sizes = sizes
+        query_width = sizes.num_query_heads * sizes.head_dim
+        kv_width = sizes.num_kv_heads * sizes.head_dim
+        self.q_proj = nn.Linear(sizes.hidden, query_width, bias=False)
+        self.k_proj = nn.Linear(sizes.hidden, kv_width, bias=False)
+        self.v_proj = nn.Linear(sizes.hidden, kv_width, bias=False)
+        self.o_proj = nn.Linear(query_width, sizes.hidden, bias=False)
+
+    def forward(self, hidden: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        sizes = self.sizes
+        batch, length, _ = hidden.shape
+
+        def split(projected: Tensor, num_heads: int) -> Tensor:
+            return projected.view(batch, length, num_heads, sizes.head_dim).transpose(1, 2)
+
+        query = rotate(split(self.q_proj(hidden), sizes.num_query_heads), cosine, sine)
+        key = rotate(split(self.k_proj(hidden), sizes.num_kv_heads), cosine, sine)
+        value = split(self.v_proj(hidden), sizes.num_kv_heads)  # [B, H_kv, T, D]
+        group = sizes.num_query_heads // sizes.num_kv_heads
+        key = key.repeat_interleave(group, dim=1)  # [B, H, T, D]
+        value = value.repeat_interleave(group, dim=1)  # [B, H, T, D]
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
+
+
+class FeedForward(nn.Module):
+    """The gated SiLU network of Llama."""
+
+    def __init__(self, sizes: Architecture) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(sizes.hidden, sizes.intermediate, bias=False)
+        self.up_proj = nn.Linear(sizes.hidden, sizes.intermediate, bias=False)
+        self.down_proj = nn.Linear(sizes.intermediate, sizes.hidden, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+
+class Layer(nn.Module):
+    """Attention and feed-forward network, each behind a norm and a residual."""
+
+    def __init__(self, sizes: Architecture) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(sizes.hidden, sizes.norm_epsilon)
+        self.self_attn = Attention(sizes)
+        self.post_attention_layernorm = RMSNorm(sizes.hidden, sizes.norm_epsilon)
+        self.mlp = FeedForward(sizes)
+
+    def forward(self, hidden: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), cosine, sine)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class Llama(nn.Module):
+    """Token ids [B, T] in, final hidden states [B, T, hidden] out; the embedding is tied."""
+
+    def __init__(self, sizes: Architecture) -> None:
+        super().__init__()
+        self.sizes = sizes
+        self.embed_tokens = nn.Embedding(sizes.vocabulary, sizes.hidden)
+        self.layers = nn.ModuleList(Layer(sizes) for _ in range(sizes.num_layers))
+        self.norm = RMSNorm(sizes.hidden, sizes.norm_epsilon)
+
+    def initialise(self, seed: int) -> None:
+        """Draw the weights; both projections into the residual stream start at zero."""
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            self.embed_tokens.weight.normal_(0.0, 0.02, generator=generator)
+            for name, weight in self.layers.named_parameters():
+                if weight.dim() != 2:
+                    continue
+                if name.endswith(("o_proj.weight", "down_proj.weight")):
+                    weight.zero_()
+                else:
+                    weight.normal_(0.0, weight.shape[1] ** -0.5, generator=generator)
+
+    def forward(self, tokens: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        hidden = self.embed_tokens(tokens)
+        for layer in self.layers:
+            hidden = layer(hidden, cosine, sine)
+        return self.norm(hidden)
+
+    def token_losses(self, tokens: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        """Return the next-token loss in nats per position, [B, T - 1], in float32."""
+        hidden = self(tokens[:, :-1], cosine, sine)
+        logits = F.linear(hidden, self.embed_tokens.weight).float()  # [B, T - 1, vocabulary]
+        losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+        return losses.view(tokens.shape[0], -1)

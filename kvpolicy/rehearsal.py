@@ -1,0 +1,301 @@
+"""Rehearsals: small random batches through the core, with everything written down.
+
+This is what ``kvpolicy.testing`` compares: outputs, retained positions and decisions of one
+policy, fed token by token or in chunks, alone or in a batch.
+"""
+
+import math
+from dataclasses import dataclass, field
+from functools import cache, lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvpolicy.attention import AttentionLayer
+from kvpolicy.engine import step
+from kvpolicy.lookahead import extend
+from kvpolicy.policy import CachePolicy, EvictionPolicy, View
+from kvpolicy.rotary import Rotary
+from kvpolicy.selection import protected
+from kvpolicy.slots import Slots
+
+HEAD_DIM = 8
+
+Retained = tuple[tuple[int, ...], ...]
+"""Positions held by each KV head, ascending."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A small batch of random requests through one attention layer.
+
+    Attributes:
+        lengths: Tokens of each row, at least two rows.
+        chunks: Sizes of the chunks in which look-ahead runs get their tokens, in rotation.
+        kv_heads: KV heads.
+        group: Query heads per KV head.
+        layer: Index of the layer.
+        seed: Of the random queries, keys and values.
+    """
+
+    lengths: tuple[int, ...] = (24, 17)
+    chunks: tuple[int, ...] = (5,)
+    kv_heads: int = 2
+    group: int = 2
+    layer: int = 0
+    seed: int = 0
+
+    def rows(self) -> "list[Row]":
+        """Draw the rows' inputs; a row depends on the seed and its index only."""
+        return [self._row(index, length) for index, length in enumerate(self.lengths)]
+
+    def _row(self, index: int, length: int) -> "Row":
+        generator = torch.Generator().manual_seed(1000 * self.seed + index)
+        heads = (self.kv_heads * self.group, self.kv_heads, self.kv_heads)
+        q, k, v = (
+            torch.randn(length, count, HEAD_DIM, generator=generator).transpose(0, 1)
+            for count in heads
+        )
+        return Row(2 * q, k, v)
+
+
+class Row(NamedTuple):
+    """Inputs of one row: q [H, T, D], k and v [H_kv, T, D]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        return self.q.shape[1]
+
+    def first(self, length: int) -> "Row":
+        """Give the row cut to its first tokens."""
+        return Row(*(x[:, :length] for x in self))
+
+
+class Decision(NamedTuple):
+    """One eviction: what the policy saw and answered, and which row of that is meant."""
+
+    policy: EvictionPolicy
+    view: View
+    scores: Tensor
+    row: int
+
+
+@dataclass
+class Run:
+    """What rows did under a policy.
+
+    Attributes:
+        outputs: [H, T, D] of each row.
+        retained: Of each row, what is held after n tokens, wherever it was looked at.
+        decisions: By row and number of tokens.
+    """
+
+    outputs: list[Tensor]
+    retained: list[dict[int, Retained]]
+    decisions: dict[tuple[int, int], Decision] = field(default_factory=dict)
+
+    def row(self, index: int, heads: slice = slice(None), queries: slice = slice(None)) -> "Run":
+        """Take one row, and if asked some KV heads and query heads, out of the run."""
+        retained = {n: kept[heads] for n, kept in self.retained[index].items()}
+        decisions = {(0, n): made for (row, n), made in self.decisions.items() if row == index}
+        return Run([self.outputs[index][queries]], [retained], decisions)
+
+
+class PlannedFailure(Exception):  # noqa: N818  (raised on purpose)
+    """Stands for whatever may go wrong inside score()."""
+
+
+class Notes:
+    """What a spied policy was asked, and when it is to fail."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[View, Tensor]] = []
+        self.calls = 0
+        self.fail_at: int | None = None
+
+    def take(self) -> list[tuple[View, Tensor]]:
+        """Hand over what was asked since the last time."""
+        asked, self.asked = self.asked, []
+        return asked
+
+
+@cache
+def _spy_class(cls: type[EvictionPolicy]) -> type[EvictionPolicy]:
+    class Spy(cls):
+        def score(self, view: View) -> Tensor:
+            notes: Notes = self.__dict__["_notes"]
+            if notes.calls == notes.fail_at:
+                raise PlannedFailure
+            scores = super().score(view)
+            notes.calls += 1
+            notes.asked.append((view, scores))
+            return scores
+
+    return Spy
+
+
+def spied(policy: CachePolicy, notes: Notes) -> CachePolicy:
+    """Copy of a policy that notes what it is asked."""
+    if not isinstance(policy, EvictionPolicy):
+        return policy
+    spy = object.__new__(_spy_class(type(policy)))
+    spy.__dict__.update(policy.__dict__, _notes=notes)
+    return spy
+
+
+class State(NamedTuple):
+    """A copy of what storage holds."""
+
+    tokens: list[int]
+    evicted: list[int]
+    tensors: list[Tensor]
+
+    def equals(self, other: "State") -> bool:
+        """Whether nothing changed."""
+        return (self.tokens, self.evicted) == (other.tokens, other.evicted) and all(
+            torch.equal(ours.nan_to_num(), theirs.nan_to_num())
+            for ours, theirs in zip(self.tensors, other.tensors, strict=True)
+        )
+
+
+class Host:
+    """The smallest host: feeds rows to the core and records what comes out.
+
+    Attributes:
+        rows: Inputs.
+        layer: The attention layer.
+        notes: What its policy was asked.
+        slots: State of the rows.
+        run: The record.
+    """
+
+    def __init__(
+        self, policy: CachePolicy, case: Case, rows: list[Row], *, first_kv_head: int = 0
+    ) -> None:
+        self.rows = rows
+        self.notes = Notes()
+        self.layer = AttentionLayer(
+            policy=spied(policy, self.notes),
+            index=case.layer,
+            scale=HEAD_DIM**-0.5,
+            rotary=Rotary.from_theta(1e4, HEAD_DIM),
+            first_kv_head=first_kv_head,
+        )
+        some_keys = torch.stack([row.k[:, 0] for row in rows])
+        self.slots = Slots.empty(some_keys, some_keys)
+        self.run = Run([row.q[:, :0] for row in rows], [{} for _ in rows])
+
+    def step(self, rows: list[int]) -> None:
+        """Process the next token of some rows."""
+        slots = self._take(rows)
+        inputs = [Row(*(x[:, n] for x in self.rows[i])) for i, n in self._reached(rows)]
+        output = step(self.layer, slots, *map(torch.stack, zip(*inputs, strict=True)))
+        self._put(rows, slots)
+        due = [i for i, n in self._reached(rows) if self.layer.occupancy.is_due(n)]
+        self._record(rows, output[:, :, None], due)
+
+    def extend(self, row: int, size: int) -> None:
+        """Process the next tokens of a row at once."""
+        slots = self._take([row])
+        n = slots.tokens[0]
+        output = extend(self.layer, slots, *(x[None, :, n : n + size] for x in self.rows[row]))
+        self._put([row], slots)
+        self._record([row], output, [row])
+
+    def is_done(self, row: int) -> bool:
+        """Whether a row has no tokens left."""
+        return self.slots.tokens[row] == self.rows[row].length
+
+    def state(self) -> State:
+        """Copy what the slots hold."""
+        slots = self.slots
+        held = [
+            x[row, :, : self.layer.occupancy.held(n)].clone()
+            for row, n in enumerate(slots.tokens)
+            for x in (slots.keys, slots.values, slots.positions, slots.accumulated)
+        ]
+        return State(list(slots.tokens), list(slots.evicted), held)
+
+    def _reached(self, rows: list[int]) -> list[tuple[int, int]]:
+        return [(row, self.slots.tokens[row]) for row in rows]
+
+    def _take(self, rows: list[int]) -> Slots:
+        """The storage itself if all rows take part, else a copy of theirs."""
+        if len(rows) == len(self.rows):
+            return self.slots
+        return self.slots.rows(rows, self.slots.capacity)
+
+    def _put(self, rows: list[int], slots: Slots) -> None:
+        if slots is not self.slots:
+            self.slots.put_rows(rows, slots, self.layer.occupancy.capacity)
+
+    def _record(self, rows: list[int], output: Tensor, due: list[int]) -> None:
+        for index, row in enumerate(rows):
+            self.run.outputs[row] = torch.cat([self.run.outputs[row], output[index]], dim=1)
+            n = self.slots.tokens[row]
+            held = self.slots.positions[row, :, : self.layer.occupancy.held(n)]
+            self.run.retained[row][n] = tuple(map(tuple, held.sort(dim=-1).values.tolist()))
+        policy = self.layer.eviction
+        for view, scores in self.notes.take():
+            assert policy is not None, "it was asked"
+            for index, row in enumerate(due):
+                made = Decision(policy, view, scores, index)
+                self.run.decisions[row, int(view.n[index])] = made
+
+
+def by_steps(
+    policy: CachePolicy, case: Case, rows: list[Row] | None = None, *, first_kv_head: int = 0
+) -> Run:
+    """Run rows token by token: first what the longer ones have more, then all as one batch."""
+    rows = case.rows() if rows is None else rows
+    host = Host(policy, case, rows, first_kv_head=first_kv_head)
+    together = min(row.length for row in rows)
+    for index, row in enumerate(rows):
+        for _ in range(row.length - together):
+            host.step([index])
+    for _ in range(together):
+        host.step(list(range(len(rows))))
+    return host.run
+
+
+def by_chunks(policy: CachePolicy, case: Case) -> Run:
+    """Run every row by look-ahead, in chunks."""
+    host = Host(policy, case, case.rows())
+    for row in range(len(host.rows)):
+        turn = 0
+        while not host.is_done(row):
+            host.extend(row, case.chunks[turn % len(case.chunks)])
+            turn += 1
+    return host.run
+
+
+@lru_cache(maxsize=64)
+def reference(policy: CachePolicy, case: Case) -> Run:
+    """Run token by token, remembered for the other checks of the same case."""
+    return by_steps(policy, case)
+
+
+def margin(made: Decision) -> float:
+    """Relative gap between the lowest kept and the highest evicted score of a decision.
+
+    Infinite for integer scores, which have no noise, and where nothing unprotected stays.
+    """
+    if not made.scores.is_floating_point():
+        return math.inf
+    scores = made.scores[made.row].double()  # [H_kv, S]
+    if made.policy.scope_is_layer:
+        scores = scores.mean(dim=0, keepdim=True).expand_as(scores)
+    free = (made.view.valid & ~protected(made.policy, made.view))[made.row]
+    surplus, gaps = made.policy.occupancy.interval, [math.inf]
+    for head in range(len(scores)):
+        ranked = scores[head][free[head]].sort().values.tolist()
+        if len(ranked) > surplus:
+            low, high = ranked[surplus - 1], ranked[surplus]
+            gaps.append((high - low) / max(abs(high), abs(low), 1e-35))
+    return min(gaps)

@@ -1,0 +1,59 @@
+"""One environment for every test: offline, one torch thread, fixed seeds, poisoned memory."""
+
+import importlib.util
+import os
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+# Set before anything imports a host: the hosts read them once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["VLLM_NO_USAGE_STATS"] = "1"
+# One process per engine: start-up is dominated by imports, which each further process repeats.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+# vLLM would bind two threads to cores that other tests keep busy.
+os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip, with the reason, what this machine cannot run."""
+    lacks_gpu = not torch.cuda.is_available()
+    lacks_vllm = importlib.util.find_spec("vllm") is None
+    for item in items:
+        if lacks_gpu and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if lacks_vllm and item.get_closest_marker("vllm"):
+            item.add_marker(pytest.mark.skip(reason="needs vLLM: install kvpolicy[cpu] or [vllm]"))
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds() -> None:
+    """Start every test from the same random state."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fill fresh floating-point memory with NaN, so that reading an unwritten slot shows.
+
+    Not around vLLM engines, whose kernels may read and mask unwritten cells, nor benchmarks.
+    torch poisons only in deterministic mode, which changes nothing else that matters on a CPU.
+    The private setter is what torch.use_deterministic_algorithms calls after importing Inductor,
+    which takes seconds.
+    """
+    if request.node.get_closest_marker("vllm") or request.node.get_closest_marker("bench"):
+        yield
+        return
+    torch._C._set_deterministic_algorithms(True, warn_only=False)
+    yield
+    torch._C._set_deterministic_algorithms(False, warn_only=False)

@@ -1,0 +1,169 @@
+"""vLLM computes what transformers computes, whatever its scheduler does with the requests."""
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+from vllm import LLM
+
+from fixtures.engines import (
+    Reference,
+    assert_equals_reference,
+    generate,
+    reference,
+    start_engine,
+)
+from fixtures.models import certified_prompts, random_llama, random_prompt, save_model
+
+pytestmark = pytest.mark.vllm
+
+NUM_TOKENS = 20
+LENGTHS = (9, 30, 47, 61, 75, 83, 97, 120)
+SPECS = (
+    "full",
+    "window:budget=48",
+    "window:budget=24,interval=40,protect=(3:7,20:24)",
+    "sinks:budget=48,interval=1",
+    "sinks:budget=48,rope=reindex",
+    "h2o:budget=48",
+    "h2o:budget=40,interval=1,scope=layer,sinks=2",
+    "h2o:budget=48,group_pool=max,score=mean,recent=8",
+    "tova:budget=48",
+    "tova:budget=40,interval=5,scope=head,recent=1",
+    "random:budget=48,seed=3",
+)
+SCHEDULES = {
+    "whole prompts": {"max_num_batched_tokens": 2048},
+    "chunks of 128": {"max_num_batched_tokens": 128},
+    "chunks of 32": {"max_num_batched_tokens": 32},
+}
+
+
+class Cases:
+    """Certified prompts and transformers' answers, made once per policy."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.answers: dict[str, list[tuple[list[int], Reference]]] = {}
+
+    def of(self, spec: str) -> list[tuple[list[int], Reference]]:
+        """Eight prompts of unequal lengths with what must come out."""
+        if spec not in self.answers:
+            self.answers[spec] = [self._case(spec, length) for length in LENGTHS]
+        return self.answers[spec]
+
+    def _case(self, spec: str, length: int) -> tuple[list[int], Reference]:
+        [certified] = certified_prompts(
+            self.model, [spec], [length], max_new_tokens=NUM_TOKENS, first_seed=100 * length
+        )
+        expected = reference(self.model, spec, certified.ids, NUM_TOKENS)
+        assert expected.tokens == list(certified.run.tokens), "transformers differs from the oracle"
+        return certified.ids, expected
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    """A random Llama of two layers."""
+    return random_llama(num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module")
+def cases(model) -> Cases:
+    """Certified prompts with their answers."""
+    return Cases(model)
+
+
+@pytest.fixture(scope="module")
+def path(model, tmp_path_factory):
+    """The model on disk."""
+    return save_model(model, tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module", params=SCHEDULES, ids=lambda name: name.replace(" ", "-"))
+def engine(request, path) -> LLM:
+    """An engine whose requests bring their policies, under one way of scheduling prompts."""
+    return start_engine(path, "full", **SCHEDULES[request.param])
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_batch_of_unequal_lengths_equals_transformers(engine, cases, spec):
+    """Tokens and retained positions do not depend on neighbours or on scheduler chunks."""
+    prompts, expected = zip(*cases.of(spec), strict=True)
+    outputs = generate(engine, prompts, NUM_TOKENS, spec)
+    for output, answer in zip(outputs, expected, strict=True):
+        assert_equals_reference(engine, output, answer)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_request_alone_equals_transformers(engine, cases, spec):
+    """A lone request gives the same as in a batch."""
+    ids, expected = cases.of(spec)[-1]
+    [output] = generate(engine, [ids], NUM_TOKENS, spec)
+    assert_equals_reference(engine, output, expected)
+
+
+def test_policies_may_mix_in_one_batch(engine, cases):
+    """Every row of a batch follows its own policy."""
+    mixed = [cases.of(spec)[index % len(LENGTHS)] for index, spec in enumerate(SPECS)]
+    outputs = generate(engine, [ids for ids, _ in mixed], NUM_TOKENS, SPECS)
+    for output, (_, expected) in zip(outputs, mixed, strict=True):
+        assert_equals_reference(engine, output, expected)
+
+
+def test_preemption_and_recompute_change_nothing(path, cases):
+    """Requests that queue, lose their blocks and start again still equal transformers."""
+    engine = start_engine(
+        path, "full", num_gpu_blocks_override=11, max_model_len=160, max_num_batched_tokens=64
+    )
+    scheduler = engine.llm_engine.engine_core.engine_core.scheduler
+    preempted: list[str] = []
+    original = scheduler._preempt_request
+
+    def preempt(request, *args, **kwargs):
+        preempted.append(request.request_id)
+        return original(request, *args, **kwargs)
+
+    scheduler._preempt_request = preempt
+    for spec in SPECS:
+        prompts, expected = zip(*cases.of(spec), strict=True)
+        outputs = generate(engine, prompts, NUM_TOKENS, spec)
+        for output, answer in zip(outputs, expected, strict=True):
+            assert_equals_reference(engine, output, answer)
+    assert preempted, "the pool was large enough for everyone: the test proves nothing"
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "fixtures.policies.RowTimesKeyNorm:budget=48,power=0.5",
+        "fixtures.policies.FadingMaximum:budget=48,interval=1,fade=0.8",
+    ],
+)
+def test_a_custom_policy_by_import_path_equals_transformers(path, model, spec):
+    """A policy of a stranger, keys and its own statistic included, runs in vLLM unchanged."""
+    engine = start_engine(path, spec, max_num_batched_tokens=32)
+    prompts = [random_prompt(model, length, seed=length) for length in (30, 77, 101)]
+    outputs = generate(engine, prompts, NUM_TOKENS)
+    for ids, output in zip(prompts, outputs, strict=True):
+        assert_equals_reference(engine, output, reference(model, spec, ids, NUM_TOKENS))
+
+
+def test_bfloat16_stays_within_its_rounding(path, model):
+    """In bfloat16 the first token's log-probabilities stay near those of float32."""
+    engine = start_engine(path, "full", dtype="bfloat16")
+    wide = start_engine(path, "full")
+    prompts = [random_prompt(model, length, seed=length) for length in (40, 90, 130)]
+    for spec in ("full", "window:budget=32", "h2o:budget=32", "tova:budget=32"):
+        pairs = zip(
+            generate(engine, prompts, 1, spec, logprobs=5),
+            generate(wide, prompts, 1, spec, logprobs=5),
+            strict=True,
+        )
+        errors = [
+            abs(found.logprob - exact[token].logprob)
+            for narrow_output, wide_output in pairs
+            for exact in [wide_output.outputs[0].logprobs[0]]
+            for token, found in narrow_output.outputs[0].logprobs[0].items()
+            if token in exact
+        ]
+        assert len(errors) >= len(prompts)
+        assert torch.tensor(errors).mean() < 0.25, spec

@@ -1,0 +1,166 @@
+"""What hypothesis draws in the tests of the core: policies, specs, laws, scores, problems."""
+
+import math
+from typing import Any, Literal, NamedTuple, get_args, get_origin
+
+import torch
+from hypothesis import assume
+from hypothesis import strategies as st
+from torch import Tensor
+
+import kvpolicy
+from kvpolicy.policy import Parameter, Spans, parameters
+from kvpolicy.registry import BUILT_IN, find
+from kvpolicy.rehearsal import Case
+
+SEEDS = st.integers(0, 9999)
+
+
+# --- policies and specs -----------------------------------------------------------------------
+
+
+def values(parameter: Parameter) -> st.SearchStrategy[Any]:
+    """Draw values of a policy's parameter from its declared kind."""
+    if get_origin(parameter.kind) is Literal:
+        return st.sampled_from(get_args(parameter.kind))
+    if parameter.kind == Spans:
+        starts = st.lists(st.integers(0, 9), max_size=2)
+        return starts.map(lambda found: tuple((start, start + 2) for start in found))
+    largest = 64 if parameter.attribute == "budget" else 9
+    by_kind = {
+        int: st.integers(0, largest),
+        float: st.floats(0, 1),
+        bool: st.booleans(),
+        str: st.sampled_from(["a", "two"]),
+    }
+    return st.one_of(*(by_kind[kind] for kind in parameter.kinds))
+
+
+@st.composite
+def policies(draw: st.DrawFn) -> kvpolicy.CachePolicy:
+    """Draw a built-in policy with any valid values for any of its parameters."""
+    cls = find(draw(st.sampled_from(sorted(BUILT_IN))))
+    chosen = {}
+    for parameter in parameters(cls).values():
+        if parameter.is_required or draw(st.booleans()):
+            chosen[parameter.attribute] = draw(values(parameter))
+    try:
+        return cls(**chosen)
+    except kvpolicy.PolicyError:
+        assume(False)
+        raise
+
+
+HOSTILE_SPECS = st.one_of(
+    st.text(),
+    st.text(alphabet="(){}:=,.0123456789einfna-+_ \n\t\0h2owindowbudget"),
+    st.builds("{}:{}".format, st.sampled_from(sorted(BUILT_IN)), st.text()),
+    st.builds(
+        "{}:{}={}".format,
+        st.sampled_from(sorted(BUILT_IN)),
+        st.sampled_from(["budget", "interval", "sinks", "recent", "protect", "seed", "nothing"]),
+        st.text() | st.integers().map(str) | st.floats().map(str),
+    ),
+)
+
+
+@st.composite
+def attended_specs(draw: st.DrawFn, names: tuple[str, ...] = ()) -> str:
+    """Draw a spec of any built-in policy that evicts, with small numbers."""
+    name = draw(st.sampled_from(names or ("window", "sinks", "h2o", "tova", "random")))
+    budget = draw(st.integers(6, 12))
+    parts = [f"budget={budget}", f"interval={draw(st.integers(1, 15))}"]
+    if draw(st.booleans()):
+        parts.append("protect=(3:4)")
+    parts += draw(_OWN_KEYS[name])
+    return f"{name}:{','.join(parts)}"
+
+
+def _keys(**choices: list[Any]) -> st.SearchStrategy[list[str]]:
+    """Draw some keys, each with one of its values."""
+    options = [
+        st.sampled_from([[], *([f"{key}={value}"] for value in found)])
+        for key, found in choices.items()
+    ]
+    return st.tuples(*options).map(lambda found: [part for parts in found for part in parts])
+
+
+_PROTECTED = {"sinks": [1, 2], "recent": [0, 1, 3, 0.25, 0.4]}
+_OWN_KEYS = {
+    "window": _keys(),
+    "sinks": _keys(sinks=[0, 1, 2]),
+    "random": _keys(seed=[1, -5, 2**61]),
+    "tova": st.one_of(
+        _keys(**_PROTECTED),
+        _keys(**_PROTECTED, group_pool=["max", "sum"]).map(lambda keys: [*keys, "scope=head"]),
+    ),
+    "h2o": st.one_of(
+        _keys(**_PROTECTED, score=["mean", "relative"], decay=[0.5, 0.9], group_pool=["max", "sum"]),
+        _keys(**_PROTECTED, score=["mean"], decay=[0.9]).map(lambda keys: [*keys, "scope=layer"]),
+    ),
+}
+
+
+# --- the law ----------------------------------------------------------------------------------
+
+LAWS = st.builds(
+    kvpolicy.Occupancy,
+    retained=st.integers(0, 20),
+    interval=st.integers(1, 25),
+    state_slots=st.integers(0, 4),
+)
+
+
+# --- selection --------------------------------------------------------------------------------
+
+
+class Choice(NamedTuple):
+    """An eviction to decide, all [B, H_kv, S], and how many go."""
+
+    scores: Tensor
+    positions: Tensor
+    candidates: Tensor
+    count: int
+
+
+@st.composite
+def choices(draw: st.DrawFn) -> Choice:
+    """Draw scores with many ties, infinities and extremes, over shuffled positions."""
+    batch, kv_heads, slots = (draw(st.integers(1, most)) for most in (2, 3, 9))
+    pools = {
+        torch.float32: [0.0, -0.0, 1.0, 1.5, -2.0, math.inf, -math.inf, 1e-40, 3e38],
+        torch.bfloat16: [0.0, 1.0, -1.0, 2.5],
+        torch.float64: [0.0, 1.0, 1.0 + 1e-15, -1e300],
+        torch.int64: [0, 1, -1, 2**63 - 1, -(2**63), 2**53, 2**53 + 1],
+        torch.int32: [0, 1, -5],
+    }
+    dtype = draw(st.sampled_from(sorted(pools, key=str)))
+    total = batch * kv_heads * slots
+
+    def filled(strategy: st.SearchStrategy[Any], dtype: torch.dtype) -> Tensor:
+        drawn = draw(st.lists(strategy, min_size=total, max_size=total))
+        return torch.tensor(drawn, dtype=dtype).view(batch, kv_heads, slots)
+
+    scores = filled(st.sampled_from(pools[dtype]), dtype)
+    order = filled(st.floats(0, 1), torch.float64).argsort(dim=-1)
+    positions = order * draw(st.integers(1, 7)) + draw(st.integers(0, 99))
+    candidates = filled(st.booleans(), torch.bool)
+    count = draw(st.integers(0, int(candidates.sum(-1).min())))
+    return Choice(scores, positions, candidates, count)
+
+
+# --- attention --------------------------------------------------------------------------------
+
+
+@st.composite
+def cases(draw: st.DrawFn, *, rows: int = 2, longest: int = 40) -> Case:
+    """Draw a batch of requests of unequal lengths, and a chunking."""
+    lengths = st.lists(st.integers(1, longest), min_size=rows, max_size=rows)
+    return Case(
+        lengths=tuple(draw(lengths)),
+        chunks=tuple(draw(st.lists(st.integers(1, longest), min_size=1, max_size=4))),
+        kv_heads=draw(st.integers(1, 3)),
+        group=draw(st.integers(1, 3)),
+        layer=draw(st.integers(0, 5)),
+        seed=draw(SEEDS),
+    )

