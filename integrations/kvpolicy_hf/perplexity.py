@@ -58,12 +58,17 @@ class WindowScores:
         """Mean agreement with the full cache."""
         return _mean(self.agreement)
 
-    def ratio_interval(self, full: "WindowScores") -> tuple[float, float]:
-        """Two standard errors around perplexity / the full cache's, paired by window."""
+    def ratio_interval(self, full: "WindowScores") -> tuple[float, float] | None:
+        """Two standard errors around perplexity / the full cache's, paired by window.
+
+        None of a single window.
+        """
+        if len(self.nll) < 2:
+            return None
         ratios = torch.tensor(self.nll, dtype=torch.float64) - torch.tensor(full.nll)
-        error = 2 * ratios.std().item() / math.sqrt(len(ratios)) if len(ratios) > 1 else math.inf
+        error = 2 * ratios.std().item() / math.sqrt(len(ratios))
         centre = ratios.mean().item()
-        return math.exp(centre - error), math.exp(min(centre + error, 700.0))
+        return math.exp(centre - error), math.exp(centre + error)
 
 
 def cut_windows(checkpoint: Checkpoint, text: str, length: int, limit: int | None = None) -> Tensor:

@@ -6,17 +6,16 @@ Wrapping that one static method adds the flag; the flag's action writes where
 """
 
 import argparse
-from collections.abc import Sequence
 from typing import Any
 
 from kvpolicy import PolicyError, parse
-from kvpolicy_vllm.config import ALLOW_KEY, KEY
+from kvpolicy_vllm.config import KEY
 from kvpolicy_vllm.frontend import announce
 
 WORKER = "kvpolicy_vllm.worker.PolicyWorker"
 
 
-def engine_settings(spec: str, allow: Sequence[str] = ()) -> dict[str, Any]:
+def engine_settings(spec: str) -> dict[str, Any]:
     """Engine arguments that put a policy to work.
 
     Raises:
@@ -24,10 +23,7 @@ def engine_settings(spec: str, allow: Sequence[str] = ()) -> dict[str, Any]:
     """
     policy = parse(spec)
     announce(policy)
-    additional: dict[str, Any] = {KEY: str(policy)}
-    if allow:
-        additional[ALLOW_KEY] = list(allow)
-    return {"additional_config": additional, "worker_cls": WORKER}
+    return {"additional_config": {KEY: str(policy)}, "worker_cls": WORKER}
 
 
 class _PolicyAction(argparse.Action):
@@ -51,10 +47,31 @@ class _PolicyAction(argparse.Action):
             namespace.worker_cls = settings["worker_cls"]
 
 
+class _MergedConfig(argparse._StoreAction):  # pyright: ignore[reportPrivateUsage]
+    """``--additional-config`` that keeps a policy given before it, instead of dropping it."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Store the new settings beside the policy's."""
+        given = getattr(namespace, self.dest, None) or {}
+        kept = {KEY: given[KEY]} if KEY in given else {}
+        setattr(namespace, self.dest, {**kept, **values})
+
+
 def add_flag(parser: argparse.ArgumentParser) -> None:
     """Declare ``--kv-policy`` once."""
-    if "--kv-policy" in parser._option_string_actions:  # pyright: ignore[reportPrivateUsage]
+    declared = parser._option_string_actions  # pyright: ignore[reportPrivateUsage]
+    if "--kv-policy" in declared:
         return
+    config = declared.get("--additional-config")
+    if config is not None:
+        # vLLM moves dotted settings to the end of the line, past any --kv-policy.
+        config.__class__ = _MergedConfig
     group = parser.add_argument_group("KVPolicy", "KV-cache retention policies (kvpolicy)")
     group.add_argument(
         "--kv-policy",

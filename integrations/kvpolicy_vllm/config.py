@@ -1,7 +1,7 @@
 """Reads the policy from vLLM's configuration and refuses what it cannot honour.
 
 The setting lives in ``VllmConfig.additional_config``, which travels to every process and
-enters the compile hash: ``{"kv_policy": SPEC, "kv_policy_allow": [NAMES]}``.
+enters the compile hash: ``{"kv_policy": SPEC}``.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -14,11 +14,6 @@ if TYPE_CHECKING:
 KEY = "kv_policy"
 """Key of the policy's spec in `additional_config` and in a request's `extra_args`."""
 
-ALLOW_KEY = "kv_policy_allow"
-"""Names of the policies that requests may ask for; default: the server's own."""
-
-_SETTINGS = (KEY, ALLOW_KEY)
-
 
 def configured_policy(vllm_config: "VllmConfig | None") -> CachePolicy | None:
     """The engine's policy, or None when it runs stock vLLM.
@@ -27,23 +22,11 @@ def configured_policy(vllm_config: "VllmConfig | None") -> CachePolicy | None:
         PolicyError: The spec is wrong, or a setting that starts with kv_policy is unknown.
     """
     settings = _settings(vllm_config)
-    unknown = [key for key in settings if key.startswith(KEY) and key not in _SETTINGS]
+    unknown = [key for key in settings if key.startswith(KEY) and key != KEY]
     if unknown:
-        raise PolicyError(f"unknown setting {unknown[0]!r}; known settings: {', '.join(_SETTINGS)}")
+        raise PolicyError(f"unknown setting {unknown[0]!r}; the setting is called {KEY!r}")
     spec = settings.get(KEY)
-    if spec is None:
-        if ALLOW_KEY in settings:
-            raise PolicyError(f"{ALLOW_KEY} needs {KEY}; set the server's own policy too")
-        return None
-    return parse(spec)
-
-
-def allowed_names(vllm_config: "VllmConfig") -> frozenset[str]:
-    """Names that a request's own policy may have."""
-    policy = configured_policy(vllm_config)
-    names = _settings(vllm_config).get(ALLOW_KEY, [])
-    own = [policy.name] if policy is not None else []
-    return frozenset([*own, *(names.split(",") if isinstance(names, str) else names)])
+    return None if spec is None else parse(spec)
 
 
 def _settings(vllm_config: "VllmConfig | None") -> dict[str, Any]:

@@ -34,6 +34,9 @@ SETTINGS = {
 }
 """Environment of the child. A tiny model is fastest on one thread."""
 
+OVERRIDES = ("VLLM_CPU_KVCACHE_SPACE",)
+"""Variables that would take precedence over the plan."""
+
 BLOCK_SIZE = 32
 
 
@@ -176,6 +179,8 @@ def _serve(connection: Connection, log: str) -> None:
     for number in (1, 2):
         os.dup2(stream, number)
     os.environ.update(SETTINGS)
+    for name in OVERRIDES:
+        os.environ.pop(name, None)
     try:
         import vllm  # noqa: F401  # the slow part, while the parent prepares the plan
 

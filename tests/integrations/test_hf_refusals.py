@@ -17,6 +17,7 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
+    LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedModel,
@@ -91,6 +92,12 @@ def flash() -> PreTrainedModel:
     return made
 
 
+def meta() -> PreTrainedModel:
+    """Build a model without weights."""
+    with torch.device("meta"):
+        return LlamaForCausalLM(LlamaConfig(**TINY))
+
+
 def compiled() -> PreTrainedModel:
     """Build a model that would be compiled at its first forward."""
     made = random_llama(**TINY)
@@ -140,7 +147,7 @@ MODELS: dict[str, tuple[Callable[[], Any], str]] = {
         "model type 'gpt2' is not tested; use a model of type llama",
     ),
     "flash": (flash, r"'flash_attention_2' makes no masks.*set_attn_implementation\('sdpa'\)"),
-    "on meta": (lambda: random_llama(**TINY).to("meta"), "on the meta device; load them before"),
+    "on meta": (meta, "on the meta device; load them before"),
     "compiled": (compiled, r"it is compiled.*use it without compile\(\)"),
     "moving RoPE": (lambda: rope("dynamic"), "'dynamic' rotates cached keys by frequencies"),
     "not a model": (
