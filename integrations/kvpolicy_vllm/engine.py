@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 from vllm.logger import init_logger
 
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 
 logger = init_logger(__name__)
 
-_engines: dict[str, "Engine"] = {}
+_engines: "WeakValueDictionary[str, Engine]" = WeakValueDictionary()
+"""Engines by their configuration's `instance_id`; vLLM's own objects keep them alive."""
 
 
 @dataclass

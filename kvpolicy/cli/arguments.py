@@ -1,0 +1,87 @@
+"""What the commands' argument parsers have in common."""
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+
+from kvpolicy.errors import UnsupportedError
+from kvpolicy.policy import CachePolicy, EvictionPolicy
+from kvpolicy.registry import parse
+
+_HOSTS = {"transformers": "hf", "vllm": "cpu or vllm"}
+"""Packages that commands need, and the extras that bring them."""
+
+PLUGIN = "kvpolicy"
+"""Our name among vLLM's plugins."""
+
+
+def command_parser(name: str, description: str, examples: str) -> argparse.ArgumentParser:
+    """A command's parser, with examples below its options and the ``--json`` option."""
+    parser = argparse.ArgumentParser(
+        prog=f"kvpolicy {name}",
+        description=description,
+        epilog=f"examples:\n{examples.strip(chr(10))}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--json", metavar="FILE", help="write the result as JSON; - writes it alone to stdout"
+    )
+    return parser
+
+
+def add_policies(parser: argparse.ArgumentParser, *, default: Sequence[str] | None = None) -> None:
+    """Declare ``--policy SPEC...``, which may be repeated."""
+    parser.add_argument(
+        "--policy",
+        nargs="+",
+        action="extend",
+        metavar="SPEC",
+        required=default is None,
+        help="policies, such as h2o:budget=256; may be repeated"
+        + (f" (default: {' '.join(default)})" if default else ""),
+    )
+
+
+def positive(least: int = 1) -> Callable[[str], int]:
+    """A converter to integers of at least `least`."""
+
+    def convert(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
+        return value
+
+    convert.__name__ = "int"
+    return convert
+
+
+def with_baselines(specs: Sequence[str]) -> list[CachePolicy]:
+    """Parse specs and put the full cache, and sinks at each budget, before them.
+
+    Raises:
+        PolicyError: A spec is wrong.
+    """
+    asked = [parse(spec) for spec in specs]
+    budgets = {p.budget: None for p in asked if isinstance(p, EvictionPolicy)}
+    sinks = [parse(f"sinks:budget={budget}") for budget in budgets if budget > 4]
+    return list(dict.fromkeys([parse("full"), *sinks, *asked]))
+
+
+def require(package: str) -> None:
+    """Raise UnsupportedError, with what to install, unless a host's package is there."""
+    if find_spec(package) is None:
+        raise UnsupportedError(
+            f"this command needs {package}, which is not installed; "
+            f"install the extra {_HOSTS[package]} of kvpolicy, see docs/how-to/install.md"
+        )
+
+
+def require_plugin(environment: Mapping[str, str]) -> None:
+    """Raise UnsupportedError if VLLM_PLUGINS keeps our plugin out."""
+    listed = environment.get("VLLM_PLUGINS")
+    if listed is not None and PLUGIN not in listed.split(","):
+        raise UnsupportedError(
+            f"VLLM_PLUGINS={listed} keeps the plugin {PLUGIN!r} out, so no policy would run; "
+            f"add {PLUGIN} to it or unset it"
+        )

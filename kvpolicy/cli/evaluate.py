@@ -1,0 +1,192 @@
+"""``kvpolicy eval``: closed-loop quality of policies, the full cache beside every number."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from rich.table import Table
+
+from kvpolicy.bundled import bundled_model, heldout_text
+from kvpolicy.cli.arguments import add_policies, command_parser, positive, require, with_baselines
+from kvpolicy.cli.output import Output, figure, table
+from kvpolicy.ledger import SEMANTICS
+from kvpolicy.policy import CachePolicy
+
+# The host's types: this package may import hosts only inside functions.
+Checkpoint: TypeAlias = Any
+WindowScores: TypeAlias = Any
+
+EXAMPLES = """
+  kvpolicy eval --policy window:budget=128 h2o:budget=128
+  kvpolicy eval --policy tova:budget=256 --context 2048 --text book.txt --json result.json
+  kvpolicy eval --task passkey --policy h2o:budget=256 --context 1024
+"""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Evaluate policies on a task."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    policies = with_baselines(options.policy)
+    require("transformers")
+    text = heldout_text() if options.text is None else Path(options.text).read_text("utf-8")
+    output = Output(options.json)
+    checkpoint = _load(options)
+    task = _passkey if options.task == "passkey" else _perplexity
+    try:
+        results = task(options, checkpoint, policies, text, output)
+    except ValueError as error:
+        parser.error(str(error))
+    output.json(
+        {
+            "schema": 1,
+            "semantics": SEMANTICS,
+            "model": options.model or "bundled",
+            "task": options.task,
+            "context": options.context,
+            "seed": options.seed,
+            "results": results,
+        }
+    )
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command_parser(
+        "eval",
+        "Measure what policies cost in quality, in transformers. The full cache and, at each "
+        "budget, sinks are measured beside the policies asked for.",
+        EXAMPLES,
+    )
+    add_policies(parser)
+    parser.add_argument(
+        "--task",
+        choices=("ppl", "passkey"),
+        default="ppl",
+        help="ppl: perplexity of consecutive windows of the text; passkey: exact answers about "
+        "a number hidden in it (default: ppl)",
+    )
+    parser.add_argument("--model", metavar="DIR", help="model folder (default: the bundled one)")
+    parser.add_argument("--text", metavar="FILE", help="text (default: bundled held-out prose)")
+    parser.add_argument(
+        "--context", type=positive(8), default=1024, metavar="N", help="tokens (default: 1024)"
+    )
+    parser.add_argument(
+        "--samples",
+        type=positive(),
+        default=20,
+        metavar="N",
+        help="most windows of ppl, or prompts of passkey (default: 20)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the prompts (default: 0)")
+    parser.add_argument(
+        "--threads",
+        type=positive(),
+        metavar="N",
+        help="torch threads (default: 1 for the bundled model, otherwise torch's own choice)",
+    )
+    return parser
+
+
+def _load(options: argparse.Namespace) -> Checkpoint:
+    """Load the model that the options name."""
+    import torch
+
+    from kvpolicy_hf.checkpoint import load_checkpoint
+
+    threads = options.threads or (1 if options.model is None else None)
+    if threads:
+        torch.set_num_threads(threads)
+    torch.manual_seed(options.seed)
+    return load_checkpoint(options.model or bundled_model())
+
+
+def _perplexity(
+    options: argparse.Namespace,
+    checkpoint: Checkpoint,
+    policies: Sequence[CachePolicy],
+    text: str,
+    output: Output,
+) -> list[dict[str, Any]]:
+    """Score windows and print the table."""
+    from kvpolicy_hf.perplexity import cut_windows, score_windows
+
+    windows = cut_windows(checkpoint, text, options.context, options.samples)
+    with output.progress() as steps:
+        advance = steps.begin("perplexity", windows.numel() * len(policies), "tokens")
+        scores = score_windows(checkpoint.model, windows, policies, advance)
+    output.print(_perplexity_table(scores))
+    output.print(
+        f"\n{len(windows)} windows of {options.context} tokens; `against full` is the ratio of "
+        "perplexities, two standard errors, paired by window"
+    )
+    return [
+        _result(
+            score.policy,
+            ppl=score.perplexity,
+            ppl_ratio=score.ratio_interval(scores[0]),
+            logit_kl=score.mean_kl,
+            top1_agreement=score.mean_agreement,
+            tokens=score.tokens,
+            seconds=score.seconds,
+        )
+        for score in scores
+    ]
+
+
+def _perplexity_table(scores: Sequence[WindowScores]) -> Table:
+    """One line per policy."""
+    rows = table("policy", "ppl", "against full", "KL", "top-1", "tokens/s")
+    for score in scores:
+        interval = None if score is scores[0] else score.ratio_interval(scores[0])
+        rows.add_row(
+            str(score.policy),
+            figure(score.perplexity),
+            "-" if interval is None else f"x {interval[0]:.3f} .. {interval[1]:.3f}",
+            figure(score.mean_kl, 4),
+            figure(100 * score.mean_agreement, 1) + " %",
+            figure(score.tokens / score.seconds, 0),
+        )
+    return rows
+
+
+def _passkey(
+    options: argparse.Namespace,
+    checkpoint: Checkpoint,
+    policies: Sequence[CachePolicy],
+    text: str,
+    output: Output,
+) -> list[dict[str, Any]]:
+    """Ask for pass keys and print the table."""
+    from kvpolicy_hf.passkey import make_questions, score_passkeys
+
+    questions = make_questions(checkpoint, text, options.context, options.samples, options.seed)
+    work = sum(len(question.prompt) + len(question.answer) for question in questions)
+    pad = checkpoint.tokenizer.pad_token_id or 0
+    with output.progress() as steps:
+        advance = steps.begin("passkey", work * len(policies), "tokens")
+        scores = score_passkeys(checkpoint.model, questions, policies, pad, advance)
+    rows = table("policy", "passkey", "found", "tokens/s")
+    for score in scores:
+        rows.add_row(
+            str(score.policy),
+            figure(100 * score.accuracy, 0) + " %",
+            f"{sum(score.found)}/{len(score.found)}",
+            figure(score.tokens / score.seconds, 0),
+        )
+    output.print(rows)
+    output.print(
+        f"\n{len(questions)} prompts of {options.context} tokens; the question comes last, so "
+        "a policy cannot know what will be asked when it evicts"
+    )
+    return [
+        _result(score.policy, passkey=score.accuracy, tokens=score.tokens, seconds=score.seconds)
+        for score in scores
+    ]
+
+
+def _result(policy: CachePolicy, **measured: Any) -> dict[str, Any]:
+    """One entry of the JSON: every key of the contract, null where not measured."""
+    tasks = dict.fromkeys(("ppl", "passkey", "recall", "logit_kl", "top1_agreement"))
+    return {"policy": str(policy), "budget": getattr(policy, "budget", None), **tasks, **measured}

@@ -1,0 +1,129 @@
+"""What commands print: text on stdout, progress on a terminal's stderr, JSON where asked."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+Advance = Callable[[float], None]
+
+PIPED_WIDTH = 120
+
+
+class Output:
+    """Where a command's results go.
+
+    Args:
+        json_target: The ``--json`` option: a file, ``-`` for stdout, or None.
+    """
+
+    def __init__(self, json_target: str | None = None) -> None:
+        self._target = json_target
+        width = None if sys.stdout.isatty() else PIPED_WIDTH
+        self.console = Console(quiet=json_target == "-", width=width, highlight=False)
+        self._progress_console = Console(stderr=True)
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether a person watches the text."""
+        return self.console.is_terminal
+
+    def print(self, *items: Any) -> None:
+        """Print text or rich renderables; nothing when stdout belongs to JSON."""
+        if self.is_terminal or self.console.quiet:
+            self.console.print(*items)
+            return
+        with self.console.capture() as captured:
+            self.console.print(*items)
+        # rich fills lines up with blanks, which only a terminal's background needs.
+        sys.stdout.write("".join(f"{x.rstrip()}\n" for x in captured.get().splitlines()))
+
+    def json(self, result: dict[str, Any]) -> None:
+        """Write the result where ``--json`` says."""
+        if self._target is None:
+            return
+        text = json.dumps(result, indent=2, ensure_ascii=False) + "\n"
+        if self._target == "-":
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        else:
+            Path(self._target).write_text(text, encoding="utf-8")
+
+    @contextmanager
+    def progress(self) -> Iterator["Steps"]:
+        """Progress bars with rates; invisible unless stderr is a terminal."""
+        with Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TaskProgressColumn(),
+            _Rate(),
+            TimeElapsedColumn(),
+            console=self._progress_console,
+            transient=True,
+            disable=not self._progress_console.is_terminal,
+        ) as progress:
+            yield Steps(progress)
+
+
+class Steps:
+    """The bars of one command."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def begin(self, description: str, total: float | None = None, unit: str = "") -> Advance:
+        """Show a bar and return the function that advances it."""
+        task = self._progress.add_task(description, total=total, unit=unit)
+        return lambda amount: self._progress.advance(task, amount)
+
+
+class _Rate(ProgressColumn):
+    """Units per second."""
+
+    def render(self, task: Task) -> Text:
+        """Format a task's speed."""
+        if not task.speed or not task.fields.get("unit"):
+            return Text()
+        return Text(f"{task.speed:,.0f} {task.fields['unit']}/s", style="cyan")
+
+
+def table(*columns: str, title: str | None = None, left: int = 1) -> Table:
+    """An undecorated table; the first `left` columns are text, the others figures."""
+    made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for index, column in enumerate(columns):
+        is_text = index < left
+        made.add_column(
+            column, justify="left" if is_text else "right", overflow="fold", no_wrap=not is_text
+        )
+    return made
+
+
+def figure(value: float | None, digits: int = 2) -> str:
+    """A number for a table cell, a dash for none."""
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def size(num_bytes: float) -> str:
+    """Bytes in a readable unit."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024 or unit == "GiB":
+            return f"{num_bytes:,.0f} {unit}" if unit == "B" else f"{num_bytes:,.1f} {unit}"
+        num_bytes /= 1024
+    raise AssertionError("the loop returns")

@@ -1,0 +1,159 @@
+"""``kvpolicy policies``: what there is to choose from."""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass
+from typing import Any, get_args
+
+from rich.text import Text
+
+from kvpolicy.cli.arguments import command_parser
+from kvpolicy.cli.output import Output, table
+from kvpolicy.policy import NEEDS, CachePolicy, EvictionPolicy, parameters
+from kvpolicy.registry import available, find
+
+EXAMPLES = """
+  kvpolicy policies
+  kvpolicy policies h2o
+  kvpolicy policies my_package.policies.Mine
+  kvpolicy policies --json - | jq '.policies[].name'
+"""
+
+
+@dataclass(frozen=True)
+class Host:
+    """What a host gives to policies, stated without importing it.
+
+    Attributes:
+        needs: What it shows to policies.
+        refuses: Spec values that it does not implement.
+    """
+
+    needs: tuple[str, ...]
+    refuses: tuple[tuple[str, str], ...]
+
+
+HOSTS = {
+    "transformers": Host(needs=NEEDS, refuses=(("prefill", "bulk"),)),
+    "vllm": Host(needs=NEEDS, refuses=(("prefill", "bulk"),)),
+}
+"""Tests hold this table to what the hosts themselves accept and refuse."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """List the policies, or explain one."""
+    parser = command_parser("policies", "List the policies, or explain one.", EXAMPLES)
+    parser.add_argument("name", nargs="?", help="a policy's name or import path")
+    options = parser.parse_args(arguments)
+    output = Output(options.json)
+    chosen = available() if options.name is None else {options.name: find(options.name)}
+    if options.name is None:
+        _print_all(output, chosen)
+    else:
+        _print_one(output, options.name, chosen[options.name])
+    described = [describe(name, cls) for name, cls in chosen.items()]
+    output.json({"schema": 1, "policies": described})
+    return 0
+
+
+def describe(name: str, cls: type[CachePolicy]) -> dict[str, Any]:
+    """A policy class as JSON."""
+    return {
+        "name": name,
+        "keeps": summary(cls),
+        "paper": cls.paper,
+        "needs": list(cls.needs),
+        "hosts": {host: capability(cls, host) for host in HOSTS},
+        "parameters": [
+            {
+                "key": key,
+                "values": parameter.describe(),
+                "required": parameter.is_required,
+                "default": None if parameter.default is MISSING else _plain(parameter.default),
+            }
+            for key, parameter in parameters(cls).items()
+        ],
+    }
+
+
+def summary(cls: type[CachePolicy]) -> str:
+    """The first line of a policy's docstring."""
+    text = inspect.cleandoc(cls.__doc__ or "")
+    first = text.partition("\n")[0]
+    # A dataclass without a docstring carries its signature instead.
+    return "" if first.startswith(f"{cls.__name__}(") else first
+
+
+def capability(cls: type[CachePolicy], host: str) -> str:
+    """Whether a host runs a policy: ``yes``, ``yes, not KEY=VALUE`` or ``no: REASON``."""
+    unknown = sorted(set(cls.needs) - set(HOSTS[host].needs))
+    if unknown:
+        return f"no: it needs {', '.join(unknown)}"
+    table = parameters(cls)
+    refused = [
+        f"{key}={value}"
+        for key, value in HOSTS[host].refuses
+        if key in table and value in get_args(table[key].kind)
+    ]
+    return f"yes, not {', '.join(refused)}" if refused else "yes"
+
+
+def _print_all(output: Output, policies: dict[str, type[CachePolicy]]) -> None:
+    """Print the table of policies."""
+    rows = table("policy", "keeps", "needs", "paper", "hosts", left=5)
+    for name, cls in policies.items():
+        hosts = [host for host in HOSTS if capability(cls, host).startswith("yes")]
+        rows.add_row(
+            f"[bold]{name}[/bold]",
+            summary(cls),
+            ", ".join(cls.needs) or "-",
+            cls.paper or "-",
+            ", ".join(hosts) or "-",
+        )
+    output.print(rows)
+    output.print("\nA spec is name:key=value,key=value, for instance h2o:budget=1024,recent=0.5.")
+    output.print("`kvpolicy policies NAME` explains one policy and its keys.")
+
+
+def _print_one(output: Output, name: str, cls: type[CachePolicy]) -> None:
+    """Print a policy's docstring, keys and hosts."""
+    output.print(f"[bold]{name}[/bold]  {cls.paper}\n")
+    output.print(Text(inspect.cleandoc(cls.__doc__ or "")))
+    rows = table("key", "values", "default", "meaning", left=4)
+    meanings = _meanings(cls)
+    for key, parameter in parameters(cls).items():
+        default = "required" if parameter.is_required else _shown_default(cls, key, parameter)
+        rows.add_row(f"[bold]{key}[/bold]", parameter.describe(), default, meanings.get(key, ""))
+    output.print()
+    output.print(rows)
+    output.print()
+    for host in HOSTS:
+        output.print(f"{host}: {capability(cls, host)}")
+
+
+def _shown_default(cls: type[CachePolicy], key: str, parameter: Any) -> str:
+    """A parameter's default as a spec would write it."""
+    if key == "interval" and issubclass(cls, EvictionPolicy):
+        return "max(1, budget // 16)"
+    return str(_plain(parameter.default))
+
+
+def _plain(value: Any) -> Any:
+    """A default value for JSON and tables."""
+    return "none" if value == () else value
+
+
+def _meanings(cls: type[CachePolicy]) -> dict[str, str]:
+    """What the docstrings' Attributes sections along the inheritance say of each key."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        lines = inspect.cleandoc(base.__doc__ or "").split("\n")
+        if "Attributes:" not in lines:
+            continue
+        for line in lines[lines.index("Attributes:") + 1 :]:
+            key, colon, text = line.strip().partition(": ")
+            if line.startswith("    ") and not line.startswith("     ") and colon:
+                found[key] = text
+            elif line.startswith("     ") and found:
+                found[next(reversed(found))] += f" {line.strip()}"
+    return found

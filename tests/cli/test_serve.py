@@ -1,0 +1,175 @@
+"""`kvpolicy serve`: its own few arguments, and a real server over HTTP."""
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from kvpolicy import UnsupportedError, bundled_model
+from kvpolicy.bundled import heldout_text
+from kvpolicy.cli import main
+from kvpolicy.cli.arguments import require_plugin
+from kvpolicy.cli.serve import served_model, split_model
+
+START_SECONDS = 600
+STOP_SECONDS = 60
+
+
+def test_model_is_the_first_argument() -> None:
+    """A value of an option is never taken for the model."""
+    assert split_model(["m", "--port", "1"]) == ("m", ["--port", "1"])
+    assert split_model(["--port", "1"]) == (None, ["--port", "1"])
+
+
+@pytest.mark.parametrize(
+    ("model", "rest", "expected"),
+    [
+        ("m", [], ["m"]),
+        (None, [], [bundled_model(), "--served-model-name", "bundled"]),
+        (None, ["--served_model_name=x"], [bundled_model()]),
+        (None, ["--model", "m"], []),
+        (None, ["--config=file.yaml"], []),
+    ],
+)
+def test_bundled_model_is_the_default(
+    model: str | None, rest: list[str], expected: list[str]
+) -> None:
+    """Without a model the bundled one is served, under a name that requests can use."""
+    assert served_model(model, rest) == expected
+
+
+@pytest.mark.parametrize("listed", ["", "lora", "lora,other"])
+def test_excluded_plugin_is_refused(listed: str) -> None:
+    """A server whose plugin is kept out would ignore the policy, so it does not start."""
+    with pytest.raises(UnsupportedError, match="VLLM_PLUGINS"):
+        require_plugin({"VLLM_PLUGINS": listed})
+    require_plugin({"VLLM_PLUGINS": "lora,kvpolicy"})
+    require_plugin({})
+
+
+def test_missing_policy_is_bad_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    """The command never starts a server without a policy."""
+    assert main(["serve", "model"]) == 2
+    assert "--kv-policy" in capsys.readouterr().err
+
+
+def test_bad_spec_is_refused_before_vllm_is_imported() -> None:
+    """A wrong spec costs a moment, not the time that vLLM takes to start."""
+    script = (
+        "import sys; from kvpolicy.cli import main\n"
+        "code = main(['serve', 'm', '--kv-policy', 'h2o:budget=x'])\n"
+        "sys.exit(100 if 'vllm' in sys.modules else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    assert done.returncode == 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--kv-policy", "window:budget=8", "--additional-config", '{"x": 1}'],
+        ["--additional-config", '{"x": 1}', "--kv-policy", "window:budget=8"],
+    ],
+)
+def test_policy_survives_other_settings(arguments: list[str]) -> None:
+    """A further --additional-config, before or after, never drops the policy silently."""
+    from kvpolicy_vllm.cli import WORKER, add_flag
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--additional-config", type=json.loads, default={})
+    add_flag(parser)
+    parsed = parser.parse_args(arguments)
+    assert parsed.additional_config == {"x": 1, "kv_policy": "window:budget=8"}
+    assert parsed.worker_cls == WORKER
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server."""
+
+    process: subprocess.Popen[bytes]
+    client: httpx.Client
+    log: Path
+
+    def complete(self, prompt: str, **arguments: Any) -> httpx.Response:
+        """Ask for a greedy completion."""
+        body = {"model": "bundled", "prompt": prompt, "temperature": 0, "max_tokens": 16}
+        return self.client.post("/v1/completions", json=body | arguments)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Start `kvpolicy serve` on a free port of this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "kvpolicy.cli", "serve", "--kv-policy", "h2o:budget=96"]
+    command += ["--additional-config.of_another_plugin", "1"]  # vLLM reads it last
+    command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "4096"]
+    command += ["--dtype", "float32", "--enforce-eager"]
+    threads = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    environment = {**os.environ, **threads, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    log = tmp_path_factory.mktemp("server") / "log"
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            command,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:
+        running = Server(process, client, log)
+        try:
+            wait_until_ready(running)
+            yield running
+        finally:
+            # The engine's processes too, which a killed front end would leave behind.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def wait_until_ready(server: Server) -> None:
+    """Poll the server's health until it answers."""
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if server.process.poll() is not None:
+            break
+        try:
+            if server.client.get("/health").status_code == 200:
+                return
+        except httpx.TransportError:
+            time.sleep(0.5)
+    pytest.fail("the server did not start:\n" + server.log.read_text("utf-8", "replace")[-3000:])
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_server_completes_under_policies_and_stops_cleanly(server: Server) -> None:
+    """Completions, a request's own policy, HTTP 400 for bad ones, and exit code 0 on SIGTERM."""
+    prompt = heldout_text()[:2000]
+    own = server.complete(prompt)
+    assert own.status_code == 200, own.text
+    assert own.json()["usage"]["completion_tokens"] == 16
+    window = server.complete(prompt, vllm_xargs={"kv_policy": "window:budget=64"})
+    assert window.status_code == 200, window.text
+    for bad in ("window:budget=4096", "nope", "window", "os.path.Class:budget=8"):
+        refused = server.complete(prompt, vllm_xargs={"kv_policy": bad})
+        assert refused.status_code == 400, refused.text
+        assert json.loads(refused.text)["error"]["message"]
+    assert server.complete(prompt).json()["choices"] == own.json()["choices"]
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(STOP_SECONDS) == 0
