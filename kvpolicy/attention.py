@@ -162,7 +162,7 @@ class AttentionLayer:
 
 
 def query_key_products(q: Tensor, keys: Tensor, scale: float) -> Tensor:
-    """q [B, H, Q, D] against keys [B, H_kv, S, D]: [B, H_kv, G, Q, S] float32."""
+    """Multiply q [B, H, Q, D] with keys [B, H_kv, S, D]: [B, H_kv, G, Q, S] float32."""
     batch, heads, queries, dim = q.shape
     kv_heads, slots = keys.shape[1:3]
     rows = (q.float() * scale).reshape(batch, kv_heads, heads // kv_heads * queries, dim)

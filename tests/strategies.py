@@ -4,7 +4,7 @@ import math
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import torch
-from hypothesis import assume
+from hypothesis import assume, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -12,6 +12,10 @@ import kvpolicy
 from kvpolicy.policy import Parameter, Spans, parameters
 from kvpolicy.registry import BUILT_IN, find
 from kvpolicy.rehearsal import Case
+
+# The same draws in every run; no deadlines, because the first tensor operation is slow anywhere.
+settings.register_profile("kvpolicy", deadline=None, derandomize=True, database=None)
+settings.load_profile("kvpolicy")
 
 SEEDS = st.integers(0, 9999)
 
@@ -95,7 +99,9 @@ _OWN_KEYS = {
         _keys(**_PROTECTED, group_pool=["max", "sum"]).map(lambda keys: [*keys, "scope=head"]),
     ),
     "h2o": st.one_of(
-        _keys(**_PROTECTED, score=["mean", "relative"], decay=[0.5, 0.9], group_pool=["max", "sum"]),
+        _keys(
+            **_PROTECTED, score=["mean", "relative"], decay=[0.5, 0.9], group_pool=["max", "sum"]
+        ),
         _keys(**_PROTECTED, score=["mean"], decay=[0.9]).map(lambda keys: [*keys, "scope=layer"]),
     ),
 }

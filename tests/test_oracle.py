@@ -6,6 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+
 from fixtures.models import (
     LOGIT_MARGIN,
     certified_prompts,
@@ -15,8 +20,6 @@ from fixtures.models import (
     random_prompt,
     random_qwen3,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from oracles.dense import (
     NEAR_TIE,
     Array,
@@ -30,8 +33,6 @@ from oracles.dense import (
     token_slots,
 )
 from oracles.llama import ModelOracle
-from torch.overrides import TorchFunctionMode
-from transformers import PreTrainedModel
 
 THETA = 1e4
 POLICIES = ("window", "sinks", "h2o", "tova", "random")

@@ -14,8 +14,11 @@ ANSWER = " {key}"
 REPEATED_FILLER = (
     " The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 )
+SLACK = 4
 
 _SENTENCE = re.compile(r"\s*\S.*?[.!?][\"'\u2019\u201d)]*(?=\s)", re.DOTALL)
+
+_WORD = re.compile(r"\s*\S+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +46,8 @@ def make_passkey(
         rng: Chooses the key, the place in the filler text and, unless given, the depth.
         filler_text: A text of sentences; it is read in a circle when it is short.
         tokenizer_encode: Turns text into token ids, without special tokens.
-        context: Tokens that BOS, prompt and answer may fill together; the filler ends with the
-            last sentence that fits.
+        context: Tokens that BOS, prompt and answer may fill together; they fall short of it by
+            a word or so.
         depth: Share of the filler before the pass key; drawn evenly when None.
 
     Raises:
@@ -62,16 +65,20 @@ def make_passkey(
             f"context must hold the key and the question: got context={context}, "
             f"at least {context - room} tokens are needed"
         )
-    filler = _take_sentences(rng, filler_text, tokenizer_encode, room)
-    before = round(depth * len(filler))
-    prompt = "".join([*filler[:before], fact, *filler[before:], QUESTION]).lstrip()
-    return Passkey(prompt=prompt, answer=answer, depth=depth)
+    filler = _take_sentences(rng, filler_text, tokenizer_encode, room - SLACK)
+    while True:
+        before = round(depth * len(filler))
+        prompt = "".join([*filler[:before], fact, *filler[before:], QUESTION]).lstrip()
+        # Beyond the slack, sentences joined may take more tokens than sentences alone.
+        if not filler or 1 + len(tokenizer_encode(prompt + answer)) <= context:
+            return Passkey(prompt=prompt, answer=answer, depth=depth)
+        filler.pop()
 
 
 def _take_sentences(
     rng: Random, text: str, encode: Callable[[str], Sequence[int]], room: int
 ) -> list[str]:
-    """Return consecutive sentences, from a random one on, of at most `room` tokens together."""
+    """Return consecutive sentences, the last one cut, of at most `room` tokens together."""
     # Twice around, so that the circle closes; the space lets the last sentence end.
     circle = text + " " + text + " "
     taken: list[str] = []
@@ -81,9 +88,18 @@ def _take_sentences(
     at = start.end()
     while match := _SENTENCE.match(circle, at):
         sentence = match.group()
-        room -= len(encode(sentence))
-        if room < 0:
+        size = len(encode(sentence))
+        if size > room:
+            taken.append(_first_words(sentence, encode, room))
             break
+        room -= size
         taken.append(sentence)
         at = match.end() if match.end() < len(text) else match.end() - len(text)
     return taken
+
+
+def _first_words(sentence: str, encode: Callable[[str], Sequence[int]], room: int) -> str:
+    words: list[str] = _WORD.findall(sentence)
+    while words and len(encode("".join(words))) > room:
+        words.pop()
+    return "".join(words)

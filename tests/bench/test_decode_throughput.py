@@ -9,9 +9,10 @@ import statistics
 import time
 
 import pytest
+from vllm import LLM, SamplingParams
+
 from fixtures.engines import start_engine
 from fixtures.models import random_llama, random_prompt, save_model
-from vllm import LLM, SamplingParams
 
 pytestmark = [pytest.mark.bench, pytest.mark.vllm]
 
@@ -84,4 +85,3 @@ def test_decode_ratio_to_stock(batch, tmp_path, capsys):
 def settings() -> dict:
     """Engine arguments that hold eight requests."""
     return {"kv_cache_memory_bytes": 512 << 20, "max_num_batched_tokens": 1024}
-

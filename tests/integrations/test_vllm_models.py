@@ -1,7 +1,9 @@
 """vLLM equals transformers on other architectures and on the bundled, trained model."""
 
-import kvpolicy
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import kvpolicy
 from fixtures.engines import (
     assert_equals_reference,
     generate,
@@ -17,7 +19,6 @@ from fixtures.models import (
     save_model,
 )
 from kvpolicy.bundled import heldout_text
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytestmark = pytest.mark.vllm
 

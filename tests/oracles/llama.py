@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from oracles.dense import Array, LayerOracle, Retained, Spec, parse
 from torch import Tensor
+
+from oracles.dense import Array, LayerOracle, Retained, Spec, parse
 
 Function = Callable[[Array], Array]
 

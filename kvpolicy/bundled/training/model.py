@@ -1,6 +1,7 @@
 """A small Llama in plain torch, with the parameter names of transformers."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -122,6 +123,10 @@ class Llama(nn.Module):
         self.embed_tokens = nn.Embedding(sizes.vocabulary, sizes.hidden)
         self.layers = nn.ModuleList(Layer(sizes) for _ in range(sizes.num_layers))
         self.norm = RMSNorm(sizes.hidden, sizes.norm_epsilon)
+
+    def layer(self, index: int) -> Layer:
+        """Return one layer, with its type."""
+        return cast(Layer, self.layers[index])
 
     def initialise(self, seed: int) -> None:
         """Draw the weights; both projections into the residual stream start at zero."""

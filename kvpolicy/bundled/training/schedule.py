@@ -23,8 +23,9 @@ class Stage:
 
 STAGES = (
     Stage(until=0.08, length=512, mix=Mix(books=0.44, facts=0.26, key_values=0.15, copies=0.15)),
-    Stage(until=0.70, length=512, mix=Mix(books=0.62, facts=0.20, key_values=0.08, copies=0.10)),
-    Stage(until=1.00, length=2048, mix=Mix(books=0.66, facts=0.18, key_values=0.08, copies=0.08)),
+    Stage(until=0.66, length=512, mix=Mix(books=0.62, facts=0.20, key_values=0.08, copies=0.10)),
+    Stage(until=0.88, length=2048, mix=Mix(books=0.66, facts=0.18, key_values=0.08, copies=0.08)),
+    Stage(until=1.00, length=4096, mix=Mix(books=0.66, facts=0.18, key_values=0.08, copies=0.08)),
 )
 
 

@@ -79,6 +79,8 @@ class Trainer:
         wire(self.model, settings.seed)
         self.optimiser = MuonAdam(self.model)
         self.progress = Progress()
+        # Told by a signal, one process at a time; stopping once all have heard of it.
+        self.is_told_to_stop = False
         self.is_stopping = False
         loss = self._weighted_loss
         self.loss = torch.compile(loss, dynamic=False) if settings.is_compiled else loss
@@ -139,7 +141,7 @@ class Trainer:
         progress.tokens += count * length * self.settings.processes
         wish = self._share_done() if self.rank == 0 else 0.0
         mean_loss, stop, share = self._average_gradients(
-            [loss.item(), float(self.is_stopping), wish]
+            [loss.item(), float(self.is_told_to_stop), wish]
         )
         self.is_stopping = stop > 0
         progress.share = max(progress.share, share * self.settings.processes)
@@ -239,4 +241,4 @@ class Trainer:
             log.write(line + "\n")
 
     def _stop(self, *_: object) -> None:
-        self.is_stopping = True
+        self.is_told_to_stop = True

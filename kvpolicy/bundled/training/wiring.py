@@ -52,9 +52,10 @@ def wire(model: Llama, seed: int) -> None:
     embedding[:, TOKEN] = tokens * TOKEN_NORM / width**0.5
     # Rows of one orthogonal matrix: the two kv heads of layer 1 copy complementary halves.
     halves = _orthogonal(width, generator).split(model.sizes.head_dim)
-    for layer in model.layers:
-        for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
-            projection.weight[:, CONSTANT] = 0.0
+    for index in range(model.sizes.num_layers):
+        attention = model.layer(index).self_attn
+        attention.q_proj.weight[:, CONSTANT] = 0.0
+        attention.k_proj.weight[:, CONSTANT] = 0.0
     _wire_look_back(model, halves[0])
     _wire_match(model, halves, generator)
 
@@ -66,7 +67,7 @@ def _wire_look_back(model: Llama, compress: Tensor) -> None:
     phase lags by `offset` positions then fits best `offset` positions back.
     """
     sizes = model.sizes
-    attention = model.layers[0].self_attn
+    attention = model.layer(0).self_attn
     frequency = rotary_frequency(sizes.head_dim, sizes.rope_theta)[:NUM_FAST_FREQUENCIES]
     # A coordinate and its partner half a head away rotate together.
     first = torch.arange(NUM_FAST_FREQUENCIES)
@@ -92,7 +93,7 @@ def _wire_match(model: Llama, halves: tuple[Tensor, ...], generator: torch.Gener
     Queries and keys meet in slowly rotating coordinates only, so that distance matters little.
     """
     sizes = model.sizes
-    attention = model.layers[1].self_attn
+    attention = model.layer(1).self_attn
     half = sizes.head_dim // 2
     slow = torch.arange(half - NUM_SLOW_FREQUENCIES, half)
     slow = torch.cat((slow, slow + half))

@@ -1,0 +1,110 @@
+"""The occupancy law against a count of slots, and its helpers against each other."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvpolicy import Occupancy, parse
+from strategies import LAWS
+
+TOKENS = 120
+
+
+def counted(law: Occupancy, tokens: int = TOKENS) -> list[int]:
+    """Count slots held after 0, 1, ... tokens by appending and evicting one by one."""
+    held = [0]
+    for _ in range(tokens):
+        now = held[-1] + 1
+        held.append(law.retained if now == law.retained + law.interval else now)
+    return held
+
+
+@given(law=LAWS)
+def test_held_is_what_counting_gives(law: Occupancy) -> None:
+    """Proves the closed formula against the sawtooth made step by step."""
+    assert [law.held(n) for n in range(TOKENS + 1)] == counted(law)
+
+
+@given(law=LAWS)
+def test_held_and_evicted_add_up(law: Occupancy) -> None:
+    """Proves that every token is either held or evicted, and that eviction is final."""
+    evicted = [law.evicted(n) for n in range(TOKENS)]
+    assert [law.held(n) + gone for n, gone in enumerate(evicted)] == list(range(TOKENS))
+    assert evicted == sorted(evicted)
+
+
+@given(law=LAWS)
+def test_evictions_are_due_where_slots_are_dropped(law: Occupancy) -> None:
+    """Proves is_due, next_due and evictions against the count."""
+    held = counted(law)
+    due = [n for n in range(1, TOKENS + 1) if held[n] <= held[n - 1]]
+    assert [n for n in range(TOKENS + 1) if law.is_due(n)] == due
+    for n in range(TOKENS - law.interval - law.retained):
+        assert law.next_due(n) == next(m for m in range(n + 1, TOKENS) if law.is_due(m))
+        assert law.evictions(n) == sum(m <= n for m in due)
+
+
+@given(law=LAWS)
+def test_tensors_and_arrays_agree_with_ints(law: Occupancy) -> None:
+    """Proves that schedulers and kernels share one definition."""
+    counts, held = list(range(TOKENS)), counted(law, TOKENS - 1)
+    assert law.held(torch.tensor(counts)).tolist() == held
+    assert law.held(torch.tensor(counts, dtype=torch.int32)).tolist() == held
+    assert law.held(np.array(counts)).tolist() == held
+    assert law.evicted(torch.tensor(counts)).tolist() == [law.evicted(n) for n in counts]
+
+
+@given(law=LAWS, n=st.integers(0, TOKENS), block_size=st.integers(1, 32))
+def test_blocks_cover_the_fullest_moment(law: Occupancy, n: int, block_size: int) -> None:
+    """Proves that blocks suffice for the slots inside every step so far, and not one more."""
+    held = counted(law)
+    peak = law.state_slots + max([held[m - 1] + 1 for m in range(1, n + 1)], default=0)
+    assert law.num_blocks(n, block_size) == (peak + block_size - 1) // block_size
+    assert peak <= law.capacity
+
+
+def test_full_keeps_every_token() -> None:
+    """Proves the unbounded law."""
+    law = Occupancy(retained=None, state_slots=3)
+    assert law.capacity is None
+    assert law.next_due(10) is None
+    assert (law.held(10), law.evicted(10), law.evictions(10), law.is_due(10)) == (10, 0, 0, False)
+    assert law.held(torch.arange(5)).tolist() == [0, 1, 2, 3, 4]
+    assert law.num_blocks(13, 16) == 1
+    assert law.num_blocks(14, 16) == 2
+
+
+def test_law_of_infini_starts_from_nothing() -> None:
+    """Proves R = 0: a segment fills up and is let go as a whole."""
+    law = Occupancy(retained=0, interval=3)
+    assert [law.held(n) for n in range(8)] == [0, 1, 2, 0, 1, 2, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("spec", "held"),
+    [
+        ("window:budget=3,interval=1", [0, 1, 2, 3, 3, 3, 3]),
+        ("window:budget=2,interval=3", [0, 1, 2, 3, 4, 2, 3, 4, 2]),
+        ("window:budget=1,interval=2", [0, 1, 2, 1, 2, 1]),
+    ],
+)
+def test_examples_by_hand(spec: str, held: list[int]) -> None:
+    """Proves the law on sequences small enough to check by eye."""
+    law = parse(spec).occupancy
+    assert [law.held(n) for n in range(len(held))] == held
+
+
+@pytest.mark.parametrize(("budget", "interval"), [(1, 1), (16, 1), (31, 1), (32, 2), (1024, 64)])
+def test_default_interval_stays_within_six_percent(budget: int, interval: int) -> None:
+    """Proves the default max(1, budget // 16)."""
+    assert parse(f"h2o:budget={budget}").occupancy == Occupancy(budget, interval)
+
+
+@given(law=LAWS, n=st.integers(10**12, 10**15))
+def test_law_holds_for_any_length(law: Occupancy, n: int) -> None:
+    """Proves that nothing depends on lengths being small."""
+    assert law.retained <= law.held(n) < law.retained + law.interval
+    assert (n - law.held(n)) % law.interval == 0
+    assert law.next_due(n) - n <= law.interval
