@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tomllib
 import zipfile
@@ -189,7 +190,8 @@ def test_environment_of_make_install_matches_the_constraints() -> None:
         pytest.skip("this environment was not built by `make install`")
     installed = {
         canonicalize_name(d.name): d.version.partition("+")[0]
-        for d in importlib.metadata.distributions()
+        # Not the whole path: setuptools, once imported, adds its own vendored distributions.
+        for d in importlib.metadata.distributions(path=[sysconfig.get_path("purelib")])
     }
     stale = {n: (v, installed[n]) for n, v in pins().items() if installed.get(n, v) != v}
     assert stale == {}

@@ -1,6 +1,7 @@
 """Every built-in policy: the contract suite, and its scores against their definitions."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 import kvpolicy
 from kvpolicy.policies.random import splitmix64
 from kvpolicy.policy import View
-from kvpolicy.rehearsal import Case, by_steps
+from kvpolicy.rehearsal import Case, Run, by_chunks, by_steps
 from kvpolicy.testing import CONTRACT, PolicyContract, check_policy
 from oracles.dense import random_score
 from strategies import cases
@@ -245,26 +246,30 @@ def test_custom_policies_are_found_by_import_path() -> None:
     assert policy.fade == 0.5
 
 
-def test_views_show_what_was_declared_and_no_more() -> None:
+@pytest.mark.parametrize(
+    "declared", [(), ("last_row",), ("accumulated",), ("keys",), ("values",), ("keys", "last_row")]
+)
+@pytest.mark.parametrize("run", [by_steps, by_chunks])
+def test_views_show_what_was_declared_and_no_more(
+    declared: tuple[str, ...], run: Callable[..., Run]
+) -> None:
     """Proves that undeclared evidence is None, so that a policy cannot lean on it by chance."""
-    shown = {}
+    shown = set()
 
     class Curious(kvpolicy.ScorePolicy):
         """Notes what it is shown."""
 
-        needs = ("keys",)
+        needs = declared
 
         def score(self, view: View) -> Tensor:
             """Rate by position."""
-            shown.update(
-                {name: getattr(view, name) is not None for name in kvpolicy.policy.NEEDS[2:]}
-            )
-            shown["weights"] = view.weights is not None
-            shown["accumulated"] = view.accumulated is not None
+            evidence = {"last_row": view.weights, "accumulated": view.accumulated}
+            evidence |= {"keys": view.keys, "values": view.values}
+            shown.update(need for need, x in evidence.items() if x is not None)
             return view.positions
 
-    by_steps(Curious(budget=4), Case(lengths=(9, 9)))
-    assert shown == {"keys": True, "values": False, "weights": False, "accumulated": False}
+    run(Curious(budget=4), Case(lengths=(9, 9)))
+    assert shown == {*declared}
 
 
 def test_unknown_needs_are_refused() -> None:

@@ -1,9 +1,12 @@
 """vLLM equals transformers on other architectures and on the bundled, trained model."""
 
+from itertools import cycle
+
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kvpolicy
+import kvpolicy_vllm
 from fixtures.engines import (
     assert_equals_reference,
     generate,
@@ -11,14 +14,16 @@ from fixtures.engines import (
     start_engine,
 )
 from fixtures.models import (
+    LOGIT_MARGIN,
     certified_prompts,
-    certified_run,
     random_gemma,
     random_mistral,
     random_qwen3,
     save_model,
 )
 from kvpolicy.bundled import heldout_text
+from oracles.dense import NEAR_TIE
+from oracles.llama import ModelOracle
 
 pytestmark = pytest.mark.vllm
 
@@ -68,18 +73,47 @@ def passages():
     ],
 )
 def test_the_bundled_model_equals_transformers(bundled_engine, bundled, passages, spec):
-    """On a trained model too, tokens and retained positions equal those of transformers."""
-    certified = (
-        (ids[:length], run)
-        for ids, length in zip(passages, range(100, 400, 10), strict=False)
-        if (run := certified_run(bundled, spec, ids[:length], NUM_TOKENS)) is not None
-    )
-    cases = [next(certified), next(certified)]
+    """On a trained model too, tokens are those of transformers, and so is every retained set.
+
+    Sets may differ where the oracle finds a near-tie. The model's previous-token head gives all
+    tokens the same sum of attention, so that h2o nearly always ties there, and nowhere else.
+    """
+    cases = decided(bundled, spec, passages)
     outputs = generate(bundled_engine, [ids for ids, _ in cases], NUM_TOKENS, spec)
-    for output, (ids, run) in zip(outputs, cases, strict=True):
+    for output, (ids, oracle) in zip(outputs, cases, strict=True):
         expected = reference(bundled, spec, ids, NUM_TOKENS)
-        assert expected.tokens == list(run.tokens)
-        assert_equals_reference(bundled_engine, output, expected)
+        assert list(output.outputs[0].token_ids) == expected.tokens
+        tied = heads_with_near_ties(oracle)
+        assert len(tied) <= 2
+        for layer, positions in enumerate(expected.retained):
+            found = kvpolicy_vllm.retained_positions(bundled_engine, output.request_id, layer)
+            for head in {0, 1} - {head for tied_layer, head in tied if tied_layer == layer}:
+                assert found[head].tolist() == positions[head].tolist(), (layer, head)
+                assert tuple(found[head].tolist()) == oracle.layers[layer].attention.retained[head]
+
+
+def decided(model, spec: str, passages: list[list[int]]) -> list[tuple[list[int], ModelOracle]]:
+    """Two passages whose greedy tokens are beyond doubt, with the oracle that continued them."""
+    found: list[tuple[list[int], ModelOracle]] = []
+    for ids, length in zip(passages, cycle((100, 115, 130)), strict=False):
+        oracle = ModelOracle(model, spec)
+        run = oracle.generate(ids[:length], NUM_TOKENS)
+        if min(run.logit_margins) >= LOGIT_MARGIN and len(heads_with_near_ties(oracle)) <= 2:
+            found.append((ids[:length], oracle))
+        if len(found) == 2:
+            return found
+    raise LookupError(f"no two of {len(passages)} passages are decided under {spec}")
+
+
+def heads_with_near_ties(oracle: ModelOracle) -> set[tuple[int, int]]:
+    """Layers and KV heads in which some eviction was too close to call."""
+    return {
+        (index, head)
+        for index, layer in enumerate(oracle.layers)
+        for eviction in layer.attention.evictions
+        if eviction.margin < NEAR_TIE
+        for head in ((0, 1) if eviction.kv_head is None else (eviction.kv_head,))
+    }
 
 
 @pytest.fixture(scope="module")

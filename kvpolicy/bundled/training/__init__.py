@@ -1,4 +1,5 @@
 """How the bundled model is made: `python -m kvpolicy.bundled.training --help`.
 
-Reading order: corpus and tokenizer, tasks, schedule, model, optimiser, train, evaluate, export.
+Reading order: corpus and tokenizer, tasks, schedule, model, wiring, optimiser,
+train, evaluate, export, launch.
 """

@@ -25,7 +25,7 @@ def parse(arguments: list[str] | None = None) -> Settings:
     add("--max-tokens", type=float, default=100e6, help="end after this many tokens")
     add("--minutes", type=float, default=600.0, help="end after this much training")
     add("--until", help="end at this time, as 2026-01-31T18:00, instead of after --minutes")
-    add("--tokens-per-step", type=int, default=4096, help="per process")
+    add("--tokens-per-step", type=int, default=2048, help="per process")
     add("--seed", type=int, default=0)
     add("--eager", action="store_true", help="do without torch.compile and its C++ compiler")
     given = parser.parse_args(arguments)

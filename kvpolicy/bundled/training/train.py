@@ -46,7 +46,7 @@ class Settings:
     max_tokens: float = 100e6
     minutes: float = 600.0
     until: float | None = None
-    tokens_per_step: int = 4096
+    tokens_per_step: int = 2048
     evaluate_every: float = 420.0
     checkpoint_every: float = 120.0
     seed: int = 0
