@@ -82,7 +82,9 @@ class PolicyCache(Cache):
         if not layers:
             return Ledger(str(self.policy), 0, 0, 0, 0, 0, 0, 0, 0, 0.0)
         rows, tokens = len(self._batch.tokens), self._batch.tokens[row]
-        evicted = sum(slots.evicted[row] for slots in layers) // len(layers)
+        counts = [slots.evicted[row] for slots in layers]
+        # One layer that disagrees is enough to fail the check below.
+        evicted = max(counts, key=lambda n: abs(n - self.policy.occupancy.evicted(tokens)))
         bytes_held = sum(slots.num_bytes for slots in layers) // rows
         bytes_full = tokens * sum(_bytes_per_token(slots) for slots in layers)
         seconds = sum(layer.attention.stopwatch.seconds for layer in self._policy_layers)

@@ -45,7 +45,8 @@ def engine_args(policy: str, **arguments: Any) -> dict[str, Any]:
 def ledger(llm: "LLM") -> dict[str, Any]:
     """Ledgers of an engine: ``{"totals": {...}, "requests": {request id: {...}}}``.
 
-    Listed are finished requests, the latest 4,096, and totals cover these.
+    Listed are the latest 4,096 finished requests and those that run, as they stand; totals
+    cover both.
 
     Raises:
         PolicyError: The engine was made without `engine_args` or ``--kv-policy``.

@@ -30,7 +30,7 @@ from kvpolicy_vllm.engine import Engine
 from kvpolicy_vllm.execution import LayerBatch, attend_in_place, decide, walk
 from kvpolicy_vllm.kernel import Kernel
 from kvpolicy_vllm.pages import Pages
-from kvpolicy_vllm.plan import InPlace, Plan, Row, make_plan
+from kvpolicy_vllm.plan import NULL_BLOCK, InPlace, Plan, Row, make_plan
 from kvpolicy_vllm.spec import RetentionSpec
 
 if TYPE_CHECKING:
@@ -38,8 +38,11 @@ if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
 
-_NULL_BLOCK = 0
-"""vLLM's placeholder block: only rows of warm-up begin with it."""
+_MAX_POLICIES = 256
+"""Distinct policies that a layer remembers; requests may bring any number."""
+
+REINDEXABLE = ("llama", "qwen3", "mistral", "gemma")
+"""Model types whose rotary embedding is known to be half-split and in every layer."""
 
 
 @dataclass
@@ -134,7 +137,7 @@ class RetentionMetadataBuilder(CPUAttentionMetadataBuilder):
         rows: list[Row] = []
         for index in range(common.num_reqs):
             count = starts[index + 1] - starts[index]
-            if count == 0 or first_blocks[index] == _NULL_BLOCK:
+            if count == 0 or first_blocks[index] == NULL_BLOCK:
                 continue
             policy, total = self.engine.policy_of_row(index), lengths[index]
             request_id = self.engine.request_id_of_row(index, first_blocks[index])
@@ -175,7 +178,7 @@ class RetentionImpl(CPUAttentionBackendImpl):
         if _reindexes(self.engine.policy) and self.rotary is None:
             raise UnsupportedError(
                 f"{self.engine.policy}: rope=reindex needs plain rotary embeddings without "
-                "scaling; use rope=keep"
+                f"scaling, in a model of type {', '.join(REINDEXABLE)}; use rope=keep"
             )
         self._layers: dict[Any, AttentionLayer] = {}
         self._bound_to: int | None = None
@@ -240,6 +243,8 @@ class RetentionImpl(CPUAttentionBackendImpl):
         """The core's view of this layer under a policy."""
         layer = self._layers.get(policy)
         if layer is None:
+            if len(self._layers) >= _MAX_POLICIES:
+                self._layers.clear()
             layer = AttentionLayer(policy, index, self.scale, self.rotary)
             self._layers[policy] = layer
         return layer
@@ -257,7 +262,9 @@ def _reindexes(policy: Any) -> bool:
 
 
 def _plain_rotary(config: Any, head_size: int) -> Rotary | None:
-    """The model's RoPE if it is plain: full head width, no scaling."""
+    """The model's RoPE if it is known to be plain: half-split, full head width, no scaling."""
+    if getattr(config, "model_type", None) not in REINDEXABLE:
+        return None
     parameters = getattr(config, "rope_parameters", None) or {}
     theta = parameters.get("rope_theta", getattr(config, "rope_theta", None))
     is_plain = parameters.get("rope_type", "default") == "default"

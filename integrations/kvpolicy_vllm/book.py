@@ -5,8 +5,8 @@ a ledger while its pages still stand.
 """
 
 import re
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,11 @@ _MAX_LEDGERS = 4096
 
 _MAX_STATES = 64
 """Finished requests whose retained positions are kept, the latest ones."""
+
+_MAX_STATE_BYTES = 64 << 20
+"""Most memory for these positions; the latest request's are kept in any case."""
+
+_MAX_FAULTS = 100
 
 
 @dataclass
@@ -68,7 +73,7 @@ class Book:
     accounts: dict[str, Account] = field(default_factory=dict)
     ledgers: OrderedDict[str, Ledger] = field(default_factory=OrderedDict)
     states: OrderedDict[str, dict[int, Tensor]] = field(default_factory=OrderedDict)
-    faults: list[str] = field(default_factory=list)
+    faults: deque[str] = field(default_factory=lambda: deque(maxlen=_MAX_FAULTS))
 
     def post(self, request_id: str, policy: CachePolicy, seen: int, total: int) -> Account:
         """The account of a request that advances from `seen` to `total` tokens.
@@ -77,6 +82,8 @@ class Book:
         """
         account = self.accounts.get(request_id)
         if account is None or seen == 0:
+            if account is not None:
+                self._check(request_id, account)
             account = self.accounts[request_id] = Account(policy)
         account.tokens = total
         return account
@@ -87,13 +94,25 @@ class Book:
         if account is None:
             return
         name = external_id(request_id)
-        self.ledgers[name] = ledger = self._ledger(account, len(blocks))
+        self._check(name, account)
+        self.ledgers[name] = self._ledger(account, len(blocks))
         self.states[name] = _retained(self.layers, account, blocks)
-        for store, limit in ((self.ledgers, _MAX_LEDGERS), (self.states, _MAX_STATES)):
-            if len(store) > limit:
-                store.popitem(last=False)
+        if len(self.ledgers) > _MAX_LEDGERS:
+            self.ledgers.popitem(last=False)
+        while len(self.states) > 1 and (
+            len(self.states) > _MAX_STATES or _num_bytes(self.states) > _MAX_STATE_BYTES
+        ):
+            self.states.popitem(last=False)
+
+    def drop(self, request_ids: Iterable[str]) -> None:
+        """Forget requests that lost their blocks and will start over."""
+        for request_id in request_ids:
+            self.accounts.pop(request_id, None)
+
+    def _check(self, name: str, account: Account) -> None:
+        """Note a fault if what was evicted is not the occupancy law's figure."""
         try:
-            ledger.check(account.policy.occupancy)
+            self._ledger(account, 0).check(account.policy.occupancy)
         except LedgerError as error:
             self.faults.append(f"request {name}: {error}")
             logger.error("kvpolicy: %s", self.faults[-1])
@@ -153,9 +172,13 @@ def external_id(request_id: str) -> str:
 def _retained(
     layers: Mapping[int, Pages], account: Account, blocks: Sequence[int]
 ) -> dict[int, Tensor]:
-    """Positions held in every layer: [H_kv, kept] int64, ascending."""
+    """Positions held in every layer: [H_kv, kept] int32, ascending."""
     held, index = account.policy.occupancy.held(account.tokens), torch.tensor([list(blocks)])
     return {
-        layer: rows_of(pages.positions, index, held)[0].long().sort(dim=-1).values
+        layer: rows_of(pages.positions, index, held)[0].sort(dim=-1).values
         for layer, pages in layers.items()
     }
+
+
+def _num_bytes(states: Mapping[str, Mapping[int, Tensor]]) -> int:
+    return sum(t.numel() * t.element_size() for layers in states.values() for t in layers.values())

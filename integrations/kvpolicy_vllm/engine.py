@@ -7,13 +7,14 @@ from weakref import WeakValueDictionary
 
 from vllm.logger import init_logger
 
-from kvpolicy import CachePolicy, PolicyError, parse
+from kvpolicy import CachePolicy, PolicyError, UnsupportedError
 from kvpolicy_vllm.book import Book
-from kvpolicy_vllm.config import KEY, check_policy, configured_policy
+from kvpolicy_vllm.config import check_request, configured_policy, request_policy
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.sampling_params import SamplingParams
+    from vllm.v1.sample.logits_processor.interface import BatchUpdate
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 logger = init_logger(__name__)
@@ -82,34 +83,44 @@ class Engine:
         """Policy of a row of the running batch."""
         return self.rows.get(row, self.policy)
 
+    def follow(self, update: "BatchUpdate") -> None:
+        """Keep every row's policy with its request: removed, then added, then moved rows.
+
+        Raises:
+            UnsupportedError: No attention layer carries the policy.
+        """
+        if not self.has_layers:
+            raise UnsupportedError(
+                f"kv_policy={self.policy} is configured but vLLM chose an attention backend "
+                "without it; on this platform only CPU_ATTN carries policies"
+            )
+        for row in update.removed:
+            self.rows.pop(row, None)
+        for row, params, *_ in update.added:
+            self._put(row, self.requested_policy(params))
+        for source, target, direction in update.moved:
+            moved, replaced = self.rows.pop(source, None), self.rows.pop(target, None)
+            self._put(target, moved)
+            if direction.name == "SWAP":
+                self._put(source, replaced)
+
+    def _put(self, row: int, policy: CachePolicy | None) -> None:
+        """Set a row's policy; None means the server's."""
+        self.rows.pop(row, None)
+        if policy is not None:
+            self.rows[row] = policy
+
     def requested_policy(self, params: "SamplingParams") -> CachePolicy | None:
         """The policy a request asks for, if it fits the server's allotment.
 
         A request that does not fit was already refused where the request entered; one that
         got past that (another front end) runs under the server's policy, and its ledger says so.
         """
-        spec = (params.extra_args or {}).get(KEY)
-        if spec is None:
-            return None
         try:
-            policy = parse(spec)
-            check_request(policy, self.policy)
+            policy = request_policy(params)
+            if policy is not None:
+                check_request(policy, self.policy)
         except PolicyError as error:
             logger.warning("kvpolicy: %s; the request runs under %s", error, self.policy)
             return None
         return policy
-
-
-def check_request(policy: CachePolicy, server: CachePolicy) -> None:
-    """Refuse a request's policy that needs more slots than the server allots.
-
-    Raises:
-        PolicyError: With both figures.
-    """
-    check_policy(policy)
-    needed, allotted = policy.occupancy.capacity, server.occupancy.capacity
-    if allotted is not None and (needed is None or needed > allotted):
-        raise PolicyError(
-            f"{policy} needs {'unboundedly many' if needed is None else needed} slots, "
-            f"the server's {server} allots {allotted} (budget + interval); lower the budget"
-        )

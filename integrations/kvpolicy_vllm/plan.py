@@ -16,6 +16,9 @@ from torch import Tensor
 from kvpolicy import CachePolicy, EvictionPolicy
 from kvpolicy_vllm.book import Account
 
+NULL_BLOCK = 0
+"""vLLM's placeholder block: rows of warm-up begin with it, and nobody reads it."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -205,12 +208,16 @@ def _decisions(rows: list[Row], block_table: Tensor, block_size: int) -> list[De
         visible = [row.visible for row in members]
         num_blocks = -(-max(visible) // block_size)
         index = torch.tensor([row.index for row in members])
+        blocks = block_table[index, :num_blocks].long()
+        own = torch.tensor([-(-count // block_size) for count in visible])
+        # Entries past a row's own blocks may be another request's: write to the null block.
+        blocks[torch.arange(num_blocks) >= own[:, None]] = NULL_BLOCK
         decisions.append(
             Decision(
                 policy=policy,
                 rows=members,
                 last_tokens=torch.tensor([row.last_token for row in members]),
-                blocks=block_table[index, :num_blocks].long(),
+                blocks=blocks,
                 visible=torch.tensor(visible),
                 totals=torch.tensor([row.total for row in members]),
                 due=[i for i, row in enumerate(members) if row.is_due],
@@ -226,7 +233,7 @@ def _walks(rows: list[Row], block_table: Tensor, block_size: int) -> list[Walk]:
         groups.setdefault((row.policy, row.seen, row.num_tokens), []).append(row)
     walks: list[Walk] = []
     for (policy, seen, count), members in groups.items():
-        slots = policy.occupancy.num_blocks(seen + count, block_size)
+        num_blocks = policy.occupancy.num_blocks(seen + count, block_size)
         index = torch.tensor([row.index for row in members])
         first = torch.tensor([row.first_token for row in members])
         walks.append(
@@ -234,7 +241,7 @@ def _walks(rows: list[Row], block_table: Tensor, block_size: int) -> list[Walk]:
                 policy=policy,
                 rows=members,
                 tokens=first[:, None] + torch.arange(count),
-                blocks=block_table[index, :slots].long(),
+                blocks=block_table[index, :num_blocks].long(),
             )
         )
     return walks

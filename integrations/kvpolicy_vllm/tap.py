@@ -2,22 +2,16 @@
 
 Attention never sees sampling parameters. A logits processor does, in the worker, with every
 addition, removal and move of rows before the forward they belong to, and is vLLM's public
-channel for it. Both model runners' interfaces are implemented by one class.
+channel for it. vLLM loads it into every engine, with or without a policy, so the class fits
+both of its model runners and imports the rest of this package only when it needs it.
 """
 
 from typing import TYPE_CHECKING, Any
 
-from vllm.v1.sample.logits_processor.interface import (
-    BatchUpdate,
-    LogitsProcessor,
-    MoveDirectionality,
+from vllm.v1.sample.logits_processor.interface import BatchUpdate, LogitsProcessor
+from vllm.v1.worker.gpu.sample.logits_processor.interface import (
+    LogitsProcessor as SecondRunnersLogitsProcessor,
 )
-
-from kvpolicy import PolicyError, UnsupportedError, parse
-from kvpolicy_vllm.config import KEY, check_policy
-from kvpolicy_vllm.dispatch import forget_choice
-from kvpolicy_vllm.engine import Engine, check_request
-from kvpolicy_vllm.frontend import server_policy
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +19,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 
-class RequestPolicies(LogitsProcessor):
+class RequestPolicies(LogitsProcessor, SecondRunnersLogitsProcessor):
     """Keeps `Engine.rows` in step with the batch; logits pass through unchanged."""
 
     @classmethod
@@ -33,61 +27,45 @@ class RequestPolicies(LogitsProcessor):
         """Refuse a bad per-request policy where the request enters (HTTP 400).
 
         Raises:
-            PolicyError: The spec is wrong, an import path, or exceeds the server's allotment.
+            PolicyError: The spec is wrong, an import path, does not fit the server's policy, or
+                there is none.
         """
-        spec = (sampling_params.extra_args or {}).get(KEY)
-        if spec is None:
-            return
-        if not isinstance(spec, str) or "." in spec.partition(":")[0]:
-            raise PolicyError(
-                f"{KEY} of a request must be a spec string with a policy's name, got {spec!r}; "
-                "import paths are for the server's own policy only"
-            )
-        policy, server = parse(spec), server_policy()
-        check_policy(policy)
-        if server is not None:
-            check_request(policy, server)
+        from kvpolicy import PolicyError
+        from kvpolicy_vllm.config import KEY, check_request, request_policy
+        from kvpolicy_vllm.frontend import server_policy
 
-    def __init__(
-        self, vllm_config: "VllmConfig", device: "torch.device", is_pin_memory: bool
-    ) -> None:
+        policy, server = request_policy(sampling_params), server_policy()
+        if policy is None:
+            return
+        if server is None:
+            raise PolicyError(
+                f"{KEY} of a request needs a server that was started with "
+                "kvpolicy_vllm.engine_args(SPEC) or --kv-policy SPEC"
+            )
+        check_request(policy, server)
+
+    def __init__(self, vllm_config: "VllmConfig", *_: Any) -> None:
         """Begin this engine; the model, and with it the attention backend, comes later."""
-        forget_choice()
-        self.engine = Engine.start(vllm_config)
+        from kvpolicy_vllm.dispatch import forget_choice
+        from kvpolicy_vllm.engine import Engine
+
+        self.engine: Engine | None = Engine.start(vllm_config)
+        if self.engine is not None:
+            forget_choice()
 
     def is_argmax_invariant(self) -> bool:
         """Greedy sampling need not call `apply`."""
         return True
 
-    def apply(self, logits: "torch.Tensor") -> "torch.Tensor":
+    def add_request(self, req_idx: int, sampling_params: "SamplingParams") -> bool:
+        """Tell the second model runner that no request needs its logits processed."""
+        return False
+
+    def apply(self, logits: "torch.Tensor", ctx: Any = None) -> "torch.Tensor":
         """Give the logits back."""
         return logits
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         """Follow rows: removed, then added, then moved, as vLLM prescribes."""
-        engine = self.engine
-        if engine is None or batch_update is None:
-            return
-        if not engine.has_layers:
-            raise UnsupportedError(
-                f"kv_policy={engine.policy} is configured but vLLM chose an attention backend "
-                "without it; on this platform only CPU_ATTN carries policies"
-            )
-        rows = engine.rows
-        for row in batch_update.removed:
-            rows.pop(row, None)
-        for row, params, *_ in batch_update.added:
-            _put(rows, row, engine.requested_policy(params))
-        for source, target, direction in batch_update.moved:
-            moved, replaced = rows.pop(source, None), rows.pop(target, None)
-            _put(rows, target, moved)
-            if direction is MoveDirectionality.SWAP:
-                _put(rows, source, replaced)
-
-
-def _put(rows: dict[int, Any], row: int, policy: Any) -> None:
-    """Set a row's policy; None means the server's."""
-    if policy is None:
-        rows.pop(row, None)
-    else:
-        rows[row] = policy
+        if self.engine is not None and batch_update is not None:
+            self.engine.follow(batch_update)

@@ -36,6 +36,7 @@ class PolicyWorker(CPUWorker):
         """Close finished requests, whose blocks this step may overwrite, then run it."""
         engine = Engine.find(self.vllm_config)
         if engine is not None:
+            engine.book.drop(scheduler_output.preempted_req_ids or ())
             engine.close(scheduler_output.finished_req_ids)
         return super().execute_model(scheduler_output)
 

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
+from typing import NoReturn
 
 from kvpolicy.errors import UnsupportedError
 from kvpolicy.policy import CachePolicy, EvictionPolicy
@@ -15,9 +16,17 @@ PLUGIN = "kvpolicy"
 """Our name among vLLM's plugins."""
 
 
+class CommandParser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong and exit with 2."""
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
 def command_parser(name: str, description: str, examples: str) -> argparse.ArgumentParser:
     """A command's parser, with examples below its options and the ``--json`` option."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=f"kvpolicy {name}",
         description=description,
         epilog=f"examples:\n{examples.strip(chr(10))}",

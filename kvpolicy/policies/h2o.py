@@ -25,6 +25,11 @@ class H2O(ScorePolicy):
     Deviations: the authors' code knows no grouped KV heads and scores a prompt at once, with
     column sums that look into the future; here scores only ever use the past, as the text of
     the paper says. Algorithm 1 read literally scores by the current row, which is `tova`.
+
+    Attributes:
+        recent: Newest tokens that are never evicted; a float is a fraction of the budget.
+        statistic: Spec key ``score``: sum, mean or mean relative to uniform attention.
+        decay: Factor on the accumulated attention before each token's addition.
     """
 
     name: ClassVar[str] = "h2o"

@@ -14,6 +14,9 @@ class Random(EvictionPolicy):
     The score of position p at the eviction after token n is splitmix64 (Steele, Lea and
     Flood 2014) chained over (seed, layer, kv_head, n, p), as an unsigned 64-bit integer: no
     request identity and no generator state, so every host draws the same tokens.
+
+    Attributes:
+        seed: First link of the chain.
     """
 
     name: ClassVar[str] = "random"

@@ -21,6 +21,9 @@ class Sinks(EvictionPolicy):
     Deviations: cached keys are never rotated again. Ranks differ from positions by the same
     number of evicted tokens for every sink, so the query is turned back by that number for
     the sink slots, which gives the same logits. Eviction follows attention.
+
+    Attributes:
+        sinks: First tokens that are never evicted.
     """
 
     name: ClassVar[str] = "sinks"

@@ -117,6 +117,8 @@ def test_all_blocks_return_to_the_pool(engine, model):
         ("full", "unboundedly many"),
         ("nonsense:budget=4", "known policies"),
         ("h2o:budget=64,prefill=bulk", "prefill=stream"),
+        ("sinks:budget=64,rope=reindex", "server's rope=keep"),
+        ("h2o:budget=64,rope_beyond=allow", "server's rope_beyond=refuse"),
         ("fixtures.policies.FadingMaximum:budget=64", "import paths"),
     ],
 )
@@ -230,6 +232,10 @@ def test_a_ledger_that_disagrees_with_the_law_is_an_error(engine, model, monkeyp
     generate(engine, [random_prompt(model, 100, seed=7)], 200)
     with pytest.raises(kvpolicy.LedgerError, match="the policy did not run as configured"):
         kvpolicy_vllm.ledger(engine)
+    monkeypatch.undo()
+    generate(engine, [random_prompt(model, 10, seed=7)], 2)  # the fault is noted with this step
+    assert len(book(engine).faults) == 1
+    book(engine).faults.clear()
 
 
 def test_engine_args_merge_with_the_users_own(monkeypatch):
@@ -241,6 +247,18 @@ def test_engine_args_merge_with_the_users_own(monkeypatch):
     assert settings["max_model_len"] == 99
     with pytest.raises(kvpolicy.PolicyError, match="h2o needs budget"):
         kvpolicy_vllm.engine_args("h2o")
+
+
+def test_the_row_tracker_is_fit_for_both_model_runners():
+    """VLLM loads the entry point into stock engines of either runner, and it must not stop them."""
+    from vllm.v1.sample.logits_processor.interface import LogitsProcessor as First
+    from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as Second
+
+    from kvpolicy_vllm.tap import RequestPolicies
+
+    assert issubclass(RequestPolicies, First)
+    assert issubclass(RequestPolicies, Second)
+    assert not RequestPolicies.__abstractmethods__
 
 
 def test_rows_follow_their_requests_through_the_batch():

@@ -67,7 +67,6 @@ def passages():
         "full",
         "window:budget=64",
         "sinks:budget=64",
-        "sinks:budget=64,rope=reindex",
         "h2o:budget=64",
         "tova:budget=64",
     ],

@@ -23,7 +23,6 @@ SPECS = (
     "window:budget=48",
     "window:budget=24,interval=40,protect=(3:7,20:24)",
     "sinks:budget=48,interval=1",
-    "sinks:budget=48,rope=reindex",
     "h2o:budget=48",
     "h2o:budget=40,interval=1,scope=layer,sinks=2",
     "h2o:budget=48,group_pool=max,score=mean,recent=8",
@@ -109,10 +108,43 @@ def test_policies_may_mix_in_one_batch(engine, cases):
         assert_equals_reference(engine, output, expected)
 
 
-def test_preemption_and_recompute_change_nothing(path, cases):
+@pytest.mark.parametrize("spec", SPECS[1:])
+def test_a_budgeted_allotment_equals_transformers(budgeted, cases, spec):
+    """With blocks for budget + interval only, every policy that fits still equals transformers."""
+    prompts, expected = zip(*cases.of(spec), strict=True)
+    outputs = generate(budgeted, prompts, NUM_TOKENS, spec)
+    for output, answer in zip(outputs, expected, strict=True):
+        assert_equals_reference(budgeted, output, answer)
+
+
+@pytest.fixture(scope="module")
+def budgeted(path) -> LLM:
+    """An engine that allots three blocks of 32 slots, enough for every policy but full."""
+    return start_engine(path, "h2o:budget=64", max_num_batched_tokens=64)
+
+
+def test_reindexed_positions_equal_transformers(path, cases):
+    """A server at cache ranks equals transformers at cache ranks, in a batch of eight."""
+    spec = "sinks:budget=48,rope=reindex"
+    engine = start_engine(path, spec, max_num_batched_tokens=64)
+    prompts, expected = zip(*cases.of(spec), strict=True)
+    for output, answer in zip(generate(engine, prompts, NUM_TOKENS), expected, strict=True):
+        assert_equals_reference(engine, output, answer)
+
+
+@pytest.mark.parametrize(
+    ("server", "num_blocks", "specs"),
+    [("full", 11, SPECS), ("h2o:budget=64", 9, SPECS[1:])],
+    ids=["full", "budgeted"],
+)
+def test_preemption_and_recompute_change_nothing(path, cases, server, num_blocks, specs):
     """Requests that queue, lose their blocks and start again still equal transformers."""
     engine = start_engine(
-        path, "full", num_gpu_blocks_override=11, max_model_len=160, max_num_batched_tokens=64
+        path,
+        server,
+        num_gpu_blocks_override=num_blocks,
+        max_model_len=160,
+        max_num_batched_tokens=64,
     )
     scheduler = engine.llm_engine.engine_core.engine_core.scheduler
     preempted: list[str] = []
@@ -123,12 +155,13 @@ def test_preemption_and_recompute_change_nothing(path, cases):
         return original(request, *args, **kwargs)
 
     scheduler._preempt_request = preempt
-    for spec in SPECS:
+    for spec in specs:
+        preempted.clear()
         prompts, expected = zip(*cases.of(spec), strict=True)
         outputs = generate(engine, prompts, NUM_TOKENS, spec)
         for output, answer in zip(outputs, expected, strict=True):
             assert_equals_reference(engine, output, answer)
-    assert preempted, "the pool was large enough for everyone: the test proves nothing"
+        assert preempted, f"the pool was large enough for everyone under {spec}"
 
 
 @pytest.mark.parametrize(
