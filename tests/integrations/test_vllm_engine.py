@@ -251,13 +251,13 @@ def test_engine_args_merge_with_the_users_own(monkeypatch):
 
 def test_the_row_tracker_is_fit_for_both_model_runners():
     """VLLM loads the entry point into stock engines of either runner, and it must not stop them."""
-    from vllm.v1.sample.logits_processor.interface import LogitsProcessor as First
-    from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as Second
+    from vllm.v1.sample.logits_processor import _load_logitsprocs_plugins
+    from vllm.v1.worker.gpu.sample.logits_processor.loader import _load_v2_logitsprocs_plugins
 
     from kvpolicy_vllm.tap import RequestPolicies
 
-    assert issubclass(RequestPolicies, First)
-    assert issubclass(RequestPolicies, Second)
+    assert RequestPolicies in _load_logitsprocs_plugins()
+    assert RequestPolicies in _load_v2_logitsprocs_plugins()
     assert not RequestPolicies.__abstractmethods__
 
 
