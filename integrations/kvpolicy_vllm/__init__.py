@@ -76,9 +76,12 @@ def retained_positions(llm: "LLM", request_id: str, layer: int) -> "Tensor":
 
 def _call(llm: "LLM", method: str, *args: Any) -> Any:
     """Ask the engine's worker, by name: nothing is pickled."""
-    from kvpolicy_vllm.cli import WORKER
+    from vllm.utils.import_utils import resolve_obj_by_qualname
 
-    if llm.llm_engine.vllm_config.parallel_config.worker_cls != WORKER:
+    from kvpolicy_vllm.worker import PolicyWorker
+
+    worker = resolve_obj_by_qualname(llm.llm_engine.vllm_config.parallel_config.worker_cls)
+    if not issubclass(worker, PolicyWorker):
         raise PolicyError(
             "this engine keeps no ledger by request; construct it with "
             "LLM(model, **kvpolicy_vllm.engine_args(SPEC))"
