@@ -1,7 +1,7 @@
 """kvpolicy: pluggable KV-cache retention policies for vLLM, transformers and trace replay."""
 
 from kvpolicy.bundled import bundled_model
-from kvpolicy.errors import KVPolicyError, LedgerError, PolicyError, UnsupportedError
+from kvpolicy.errors import KVPolicyError, LedgerError, PolicyError, TraceError, UnsupportedError
 from kvpolicy.ledger import SEMANTICS, Ledger
 from kvpolicy.occupancy import Occupancy
 from kvpolicy.policy import Accumulation, CachePolicy, EvictionPolicy, ScorePolicy, View
@@ -20,6 +20,7 @@ __all__ = [
     "Occupancy",
     "PolicyError",
     "ScorePolicy",
+    "TraceError",
     "UnsupportedError",
     "View",
     "available",

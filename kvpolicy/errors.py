@@ -4,6 +4,7 @@ KVPolicyError
 ├── PolicyError (also ValueError)   a spec, parameter or score that cannot be right
 │   └── UnsupportedError            a policy that this model, feature or host cannot honour
 ├── LedgerError                     what was evicted differs from what the occupancy law demands
+├── TraceError                      a trace file that is damaged or lacks what is asked of it
 └── ContractError (AssertionError)  a policy breaks the contract that kvpolicy.testing checks
 """
 
@@ -22,6 +23,10 @@ class UnsupportedError(PolicyError):
 
 class LedgerError(KVPolicyError):
     """The tokens evicted differ from the occupancy law's figure."""
+
+
+class TraceError(KVPolicyError):
+    """A trace is damaged or lacks what is asked of it; the message says what and where."""
 
 
 class ContractError(KVPolicyError, AssertionError):

@@ -177,7 +177,8 @@ def test_constraints_pin_all_that_make_install_needs() -> None:
     """constraints.txt is complete, so installing it without resolving leaves nothing out."""
     project = PYPROJECT["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["hf"], *extras["cpu"], *extras["testing"]]
+    wanted = [*project["dependencies"], *extras["hf"], *extras["cpu"], *extras["sim"]]
+    wanted += extras["testing"]
     needed = closure([*wanted, *PYPROJECT["dependency-groups"]["dev"]])
     # A CUDA build of torch brings libraries that torch itself pins.
     needed = {name: version for name, version in needed.items() if not is_cuda_library(name)}
