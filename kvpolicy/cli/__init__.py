@@ -33,6 +33,7 @@ COMMANDS = {
     "demo": Command("kvpolicy.cli.demo", "run real vLLM under several policies and compare"),
     "serve": Command("kvpolicy.cli.serve", "start vLLM's OpenAI server under a policy"),
     "eval": Command("kvpolicy.cli.evaluate", "measure perplexity or passkey retrieval"),
+    "plan": Command("kvpolicy.cli.plan", "compute memory and concurrency of policies on a model"),
 }
 
 

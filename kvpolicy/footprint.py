@@ -1,0 +1,184 @@
+"""What a request costs in memory: slots, blocks and bytes, all of them exact integers.
+
+An occupancy law says how many slots a request holds, a layout what a slot takes in each host,
+and a pool how many requests find room. Counts are those of a request's fullest moment so far,
+which lies inside a step.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from kvpolicy.errors import PolicyError
+from kvpolicy.occupancy import Occupancy
+from kvpolicy.policy import CachePolicy
+
+PAGE_STATE_BYTES = 8
+"""Policy state of one slot of one KV head in vLLM's pages: int32 position, float32 statistic."""
+
+DENSE_STATE_BYTES = 12
+"""The same in dense storage (`kvpolicy.slots.Slots`): int64 position, float32 statistic."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What one slot takes, of a model or of one tensor-parallel rank's share of it.
+
+    Every page carries state for each of its slots, whatever the policy: requests of one engine
+    may bring different policies.
+
+    Attributes:
+        num_layers: Layers that cache keys and values.
+        num_kv_heads: KV heads of each layer that are held here.
+        head_dim: Size of one head's key, and of its value.
+        element_bytes: Bytes of one number of the cache's dtype.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    element_bytes: int
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that are none."""
+        _require_positive(
+            num_layers=self.num_layers,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            element_bytes=self.element_bytes,
+        )
+
+    @property
+    def cell_bytes(self) -> int:
+        """Key and value of one slot of one KV head in one layer."""
+        return 2 * self.head_dim * self.element_bytes
+
+    @property
+    def token_bytes(self) -> int:
+        """Keys and values of one token in all layers, without policy state."""
+        return self.num_layers * self.num_kv_heads * self.cell_bytes
+
+    def page_bytes(self, block_size: int) -> int:
+        """One layer's page of a block in vLLM, its tail of policy state included."""
+        return block_size * self.num_kv_heads * (self.cell_bytes + PAGE_STATE_BYTES)
+
+    def block_bytes(self, block_size: int) -> int:
+        """A block in vLLM, over all layers, policy state included."""
+        return self.num_layers * self.page_bytes(block_size)
+
+    def stock_block_bytes(self, block_size: int) -> int:
+        """A block in stock vLLM, over all layers: no policy, no state."""
+        return block_size * self.token_bytes
+
+    def dense_bytes(self, num_slots: int) -> int:
+        """Slots in dense storage, over all layers, policy state included."""
+        return (
+            num_slots * self.num_layers * self.num_kv_heads * (self.cell_bytes + DENSE_STATE_BYTES)
+        )
+
+
+class Footprint(NamedTuple):
+    """What one request costs once it has `tokens` tokens, and how many such requests fit.
+
+    Attributes:
+        tokens: Prompt and output together.
+        slots: Most slots that a KV head has held by then, reserved ones included.
+        blocks: Blocks of vLLM that hold them.
+        bytes: Of these blocks, policy state included.
+        dense_bytes: Of exactly these slots in dense storage, policy state included.
+        requests: Such requests that fit into the pool together: vLLM's maximum concurrency.
+    """
+
+    tokens: int
+    slots: int
+    blocks: int
+    bytes: int
+    dense_bytes: int
+    requests: int
+
+
+class Reach(NamedTuple):
+    """The longest request that can run alone.
+
+    Attributes:
+        tokens: Prompt and output together; None where nothing limits it.
+        limit: What ends it: the pool's room, the model's positions, or nothing.
+    """
+
+    tokens: int | None
+    limit: Literal["pool", "positions"] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool:
+    """vLLM's KV cache: equal blocks, of which each request holds whole ones.
+
+    Attributes:
+        layout: What a slot takes.
+        block_size: Slots of a block.
+        memory: Bytes of the pool.
+        has_state: Whether pages carry policy state; stock vLLM's do not.
+    """
+
+    layout: Layout
+    block_size: int
+    memory: int
+    has_state: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that are none."""
+        _require_positive(block_size=self.block_size, memory=self.memory)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block over all layers."""
+        if self.has_state:
+            return self.layout.block_bytes(self.block_size)
+        return self.layout.stock_block_bytes(self.block_size)
+
+    @property
+    def num_blocks(self) -> int:
+        """Whole blocks that the pool's memory holds."""
+        return self.memory // self.block_bytes
+
+    def footprint(self, law: Occupancy, tokens: int) -> Footprint:
+        """Give what a request of `tokens` tokens costs under a law, at its fullest moment."""
+        _require_positive(tokens=tokens)
+        blocks, slots = law.num_blocks(tokens, self.block_size), peak_slots(law, tokens)
+        return Footprint(
+            tokens=tokens,
+            slots=slots,
+            blocks=blocks,
+            bytes=blocks * self.block_bytes,
+            dense_bytes=self.layout.dense_bytes(slots),
+            requests=self.num_blocks // blocks,
+        )
+
+    def reach(self, law: Occupancy, positions: int | None) -> Reach:
+        """Give the longest request that fits alone and stays within so many positions.
+
+        As vLLM's start-up check does, it leaves out the one block that vLLM never hands out.
+        """
+        room = max(0, self.num_blocks - 1) * self.block_size
+        if law.capacity is not None and law.capacity <= room:
+            return Reach(positions, None if positions is None else "positions")
+        longest = max(0, room - law.state_slots)
+        if positions is None or longest < positions:
+            return Reach(longest, "pool")
+        return Reach(positions, "positions")
+
+
+def peak_slots(law: Occupancy, tokens: int) -> int:
+    """Most slots that a KV head has held once `tokens` tokens were processed."""
+    return law.num_blocks(tokens, 1)
+
+
+def position_limit(policy: CachePolicy, positions: int | None) -> int | None:
+    """Most tokens of a request on a model with so many trained positions; None for no limit."""
+    is_reindexed = getattr(policy, "rope", "keep") == "reindex"
+    return None if is_reindexed or policy.rope_beyond == "allow" else positions
+
+
+def _require_positive(**sizes: int) -> None:
+    for name, value in sizes.items():
+        if value < 1:
+            raise PolicyError(f"{name} must be at least 1, got {value}")
