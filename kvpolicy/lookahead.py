@@ -42,7 +42,7 @@ def extend(layer: AttentionLayer, slots: Slots, q: Tensor, k: Tensor, v: Tensor)
     for parts in zip(
         q.split(BLOCK, dim=2), k.split(BLOCK, dim=2), v.split(BLOCK, dim=2), strict=True
     ):
-        block = _Block(layer, state, *parts)
+        block = Block(layer, state, *parts)
         outputs.append(block.run())
         state = block.kept()
     slots.put_rows(list(range(q.shape[0])), state, layer.occupancy.capacity)
@@ -50,7 +50,7 @@ def extend(layer: AttentionLayer, slots: Slots, q: Tensor, k: Tensor, v: Tensor)
 
 
 @dataclass
-class _Columns:
+class Columns:
     """Candidates of a block: the held slots, then the block's own tokens; S of each.
 
     Attributes:
@@ -70,8 +70,16 @@ class _Columns:
         return (queries >= self.birth) & (queries < self.death[:, :, None])
 
 
-class _Block:
-    """One block of look-ahead over rows in lockstep."""
+class Block:
+    """One block of look-ahead over rows in lockstep.
+
+    Attributes:
+        layer: The attention layer and its policy.
+        seen: Tokens of each row before the block.
+        size: Tokens of the block, Q.
+        columns: Candidates; their `death` says what was evicted when, once `run` has returned.
+        logits: [B, H_kv, G, Q, S] float32 of the block's queries over all columns.
+    """
 
     def __init__(
         self, layer: AttentionLayer, slots: Slots, q: Tensor, k: Tensor, v: Tensor
@@ -87,6 +95,10 @@ class _Block:
         weights = self._walk() if self.layer.needs_weights else self._decide_then_attend()
         return weighted_values(weights, self.columns.slots.values)
 
+    def observed(self, weights: Tensor, first: int, last: int) -> Tensor:
+        """What the policy is shown of the weights of queries [first, last), like `weights`."""
+        return weights
+
     def kept(self) -> Slots:
         """What is held after the block."""
         columns = self.columns.slots
@@ -96,7 +108,7 @@ class _Block:
         dead = self.columns.death <= self.size
         return columns.keep(survivors(dead, total, total - held))
 
-    def _join(self, k: Tensor, v: Tensor) -> _Columns:
+    def _join(self, k: Tensor, v: Tensor) -> Columns:
         """Lay the block's tokens beside the held slots."""
         slots, held = self.slots, self.layer.occupancy.held(self.seen)
         batch, kv_heads = k.shape[:2]
@@ -115,7 +127,7 @@ class _Block:
         )
         birth = (torch.arange(held + self.size, device=k.device) - held).clamp(min=0)
         death = torch.full_like(joined.positions, self.size + 1)
-        return _Columns(joined, birth, death)
+        return Columns(joined, birth, death)
 
     def _evicted_before(self) -> Tensor:
         """Tokens evicted before each query; [Q]."""
@@ -154,7 +166,7 @@ class _Block:
     def _decide(self, first: int, last: int, weights: Tensor, due: bool) -> None:
         """Show the policy the rows of queries [first, last), then evict if it is due."""
         policy = self.layer.eviction
-        pooled = self.layer.pool(weights)  # [B, H_kv, last - first, S]
+        pooled = self.layer.pool(self.observed(weights, first, last))  # [B, H_kv, Q', S]
         if policy is not None and policy.observes_every_token:
             self._observe_each(first, pooled)
         elif self.layer.accumulates:

@@ -33,6 +33,11 @@ COMMANDS = {
     "demo": Command("kvpolicy.cli.demo", "run real vLLM under several policies and compare"),
     "serve": Command("kvpolicy.cli.serve", "start vLLM's OpenAI server under a policy"),
     "eval": Command("kvpolicy.cli.evaluate", "measure perplexity or passkey retrieval"),
+    "capture": Command("kvpolicy.cli.capture", "record a trace of a model's attention"),
+    "inspect": Command("kvpolicy.cli.inspection", "describe, verify, repair or cut a trace"),
+    "replay": Command("kvpolicy.cli.replay", "replay a trace under policies"),
+    "recommend": Command("kvpolicy.cli.recommend", "find the smallest budget that keeps enough"),
+    "trace": Command("kvpolicy.cli.trace", "make synthetic traces"),
     "plan": Command("kvpolicy.cli.plan", "compute memory and concurrency of policies on a model"),
 }
 

@@ -12,6 +12,8 @@ from kvpolicy.registry import parse
 _HOSTS = {"transformers": "hf", "vllm": "cpu or vllm"}
 """Packages that commands need, and the extras that bring them."""
 
+_MAX_INDICES = 100_000
+
 PLUGIN = "kvpolicy"
 """Our name among vLLM's plugins."""
 
@@ -63,6 +65,18 @@ def positive(least: int = 1) -> Callable[[str], int]:
 
     convert.__name__ = "int"
     return convert
+
+
+def indices(text: str) -> list[int]:
+    """Read indices and half-open ranges: ``0,4:8`` is 0, 4, 5, 6, 7."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, colon, last = part.partition(":")
+        numbers = range(int(first), int(last)) if colon else (int(first),)
+        if not numbers or numbers[0] < 0 or len(numbers) > _MAX_INDICES:
+            raise argparse.ArgumentTypeError(f"{part!r} is no index or range such as 4:8")
+        found.extend(numbers)
+    return found
 
 
 def with_baselines(specs: Sequence[str]) -> list[CachePolicy]:

@@ -86,6 +86,15 @@ def test_capabilities_are_what_the_hosts_do(name: str, host: str) -> None:
 
 def refusal_of(host: str, policy: kvpolicy.CachePolicy) -> str | None:
     """Why a host refuses a policy, whatever the model; None if it does not."""
+    if host == "simulator":
+        from fixtures.traces import Shape, header_of
+        from kvpolicy_sim.support import require_supported
+
+        try:
+            require_supported(header_of(Shape()), [policy], "layer-local")
+        except PolicyError as error:
+            return str(error)
+        return None
     if host == "vllm":
         from kvpolicy_vllm.config import check_policy
 

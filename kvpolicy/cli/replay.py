@@ -1,0 +1,153 @@
+"""``kvpolicy replay``: what policies would have kept of a trace."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+from rich.table import Table
+
+from kvpolicy.cli.arguments import add_policies, command_parser, indices, positive, with_baselines
+from kvpolicy.cli.output import Output, figure, size, table
+from kvpolicy.trace import Trace
+
+# The simulator's types: this package may import it only inside functions.
+Report: TypeAlias = Any
+
+EXAMPLES = """
+  kvpolicy replay t.kvtrace --policy window:budget=256 h2o:budget=256 --html report.html
+  kvpolicy replay t.kvtrace --policy h2o:budget=128 --layers 0,4:8 --oracle
+  kvpolicy replay t.kvtrace --policy mymodule.Mine:budget=64 --level open-loop --json -
+"""
+
+LEVELS = ("layer-local", "open-loop")
+
+CAVEAT = (
+    "{level}: queries, keys and values are the traced run's in every layer, so this isolates "
+    "which tokens are kept and ignores how errors compound; `kvpolicy eval` measures those"
+)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Replay a trace."""
+    options = _parser().parse_args(arguments)
+    policies = with_baselines(options.policy)
+    output = Output(options.json)
+    with Trace.open(options.trace) as trace:
+        report = _replay(options, trace, policies, output)
+    if report is None:
+        return 0
+    output.print(_table(report))
+    output.print("\n" + CAVEAT.format(level=options.level))
+    if options.html:
+        report.to_html(options.html)
+        output.print(f"wrote {options.html}")
+    output.json(report.as_dict())
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command_parser(
+        "replay",
+        "Replay a trace under policies: retained attention mass, output error, recall. The full "
+        "cache and, at each budget, sinks are replayed beside the policies asked for.",
+        EXAMPLES,
+    )
+    parser.add_argument("trace", metavar="T.kvtrace", help="a trace, from `kvpolicy capture`")
+    add_policies(parser)
+    parser.add_argument(
+        "--level",
+        choices=LEVELS,
+        default=LEVELS[0],
+        help="what policies observe: attention renormalised over what they retained, as in a "
+        f"host, or full attention (default: {LEVELS[0]})",
+    )
+    parser.add_argument("--layers", type=indices, metavar="L", help="such as 0,4:8 (default: all)")
+    parser.add_argument("--sequences", type=indices, metavar="S", help="such as 0:4 (default: all)")
+    parser.add_argument(
+        "--oracle", action="store_true", help="bound each policy's regret against the optimum"
+    )
+    parser.add_argument("--html", metavar="FILE", help="write a page with pictures")
+    parser.add_argument(
+        "--no-outputs", action="store_true", help="do not compare attention outputs: half the work"
+    )
+    parser.add_argument(
+        "--no-details", action="store_true", help="do not measure recall and lost mass"
+    )
+    parser.add_argument("--threads", type=positive(), metavar="N", help="default: one per CPU")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the estimate of memory and time, and stop"
+    )
+    return parser
+
+
+def _replay(
+    options: argparse.Namespace, trace: Trace, policies: Sequence[Any], output: Output
+) -> Report | None:
+    """Say what it will take, and do it unless told not to."""
+    from kvpolicy_sim.estimate import estimate
+    from kvpolicy_sim.replay import replay
+    from kvpolicy_sim.support import choose_layers, choose_sequences, require_supported
+
+    require_supported(trace.header, policies, options.level)
+    layers = choose_layers(trace.header, options.layers)
+    sequences = choose_sequences(trace, options.sequences)
+    threads = options.threads or os.cpu_count() or 1
+    expected = estimate(
+        trace.header, sequences, len(layers), policies, threads, outputs=not options.no_outputs
+    )
+    output.print(
+        f"estimate: at most {size(expected.bytes)} of memory, about "
+        f"{max(1.0, expected.seconds):,.0f} s"
+    )
+    if options.dry_run:
+        return None
+    tokens = sum(sequence.tokens for sequence in sequences)
+    work = tokens * len(layers) * len(trace.header.kv_heads) * len(policies)
+    with output.progress() as steps:
+        return replay(
+            trace,
+            policies,
+            level=options.level,
+            layers=layers,
+            sequences=[sequence.index for sequence in sequences],
+            outputs=not options.no_outputs,
+            details=not options.no_details,
+            oracle=options.oracle,
+            threads=threads,
+            advance=steps.begin("replay", work, "head steps"),
+        )
+
+
+def _table(report: Report) -> Table:
+    """One line per policy."""
+    has_oracle = any(result.regrets for result in report.results.values())
+    columns = ["policy", "kept", "retained mass", "p5", "output error", "recall@16"]
+    rows = table(*columns, *(["regret"] if has_oracle else []), "bytes kept", "steps/s")
+    for result in report.as_dict()["results"]:
+        mass, error, recall = result["retained_mass"], result["output_error"], result["recall"]
+        regret = result["regret"]
+        rows.add_row(
+            result["policy"],
+            figure(100 * result["retention_ratio"], 1) + " %",
+            figure(mass["mean"], 4) + _interval(mass["interval"]),
+            figure(mass["p5"], 4),
+            figure(error["mean"], 4),
+            figure(recall["16"], 3) if recall else "-",
+            *([_regret(regret)] if has_oracle else []),
+            size(result["bytes_kept"]),
+            figure(result["steps_per_second"], 0),
+        )
+    return rows
+
+
+def _interval(interval: Sequence[float] | None) -> str:
+    return "" if interval is None else f" ({interval[0]:.4f} .. {interval[1]:.4f})"
+
+
+def _regret(regret: dict[str, float] | None) -> str:
+    """A regret interval in per cent of the optimum."""
+    if regret is None:
+        return "-"
+    low, high = (f"{100 * regret[bound]:.2f}" for bound in ("lower", "upper"))
+    return f"{low} %" if low == high else f"{low} .. {high} %"

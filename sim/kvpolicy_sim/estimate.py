@@ -1,0 +1,145 @@
+"""What a replay will take, before it begins: memory as a bound, time as a guess."""
+
+import resource
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from time import perf_counter
+
+import torch
+
+from kvpolicy import CachePolicy
+from kvpolicy.trace import Header
+from kvpolicy.trace import Sequence as TracedSequence
+from kvpolicy.trace.header import ITEM_BYTES
+from kvpolicy_sim.details import SAMPLED_ROWS
+from kvpolicy_sim.inputs import BLOCK
+from kvpolicy_sim.rules import is_compiled
+
+_FLOAT = 4
+
+_BUFFERS = 4
+"""Arrays of a block's size that are alive at once: logits, weights, masks and temporaries."""
+
+_PASSES = 6
+"""Passes over a block's weights, in units of one exponential: its own, and the walk's."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Memory and time of a replay.
+
+    Attributes:
+        bytes: Most memory that the process will hold, what it holds already included.
+        seconds: Time, if the processors have nothing else to do.
+    """
+
+    bytes: int
+    seconds: float
+
+
+def estimate(
+    header: Header,
+    sequences: Sequence[TracedSequence],
+    num_layers: int,
+    policies: Sequence[CachePolicy],
+    threads: int,
+    *,
+    outputs: bool = True,
+) -> Estimate:
+    """Estimate a replay of some layers of some sequences."""
+    longest = max(sequence.tokens for sequence in sequences)
+    at_once = min(threads, num_layers * len(sequences))
+    working = _layer_bytes(header, longest, outputs) + _block_bytes(header, longest, policies)
+    results = sum(
+        _result_bytes(header, sequence.tokens) * num_layers * len(policies)
+        for sequence in sequences
+    )
+    # One policy's masses are copied to be sorted.
+    results += results // len(policies)
+    work = sum(_work(header, s.tokens, p, outputs) for s in sequences for p in policies)
+    seconds = work * num_layers / min(threads, num_layers * len(sequences))
+    return Estimate(_resident_bytes() + at_once * working + results, seconds)
+
+
+def _layer_bytes(header: Header, tokens: int, outputs: bool) -> int:
+    """One layer in float32, the pages of the file that it comes from, and one tensor in transit."""
+    rows = -(-tokens // header.query_stride)
+    kv_heads, heads = len(header.kv_heads), len(header.kv_heads) * header.group
+    query_like = heads * rows * header.head_dim
+    out = heads * rows * header.value_dim if outputs else 0
+    numbers = query_like + out + kv_heads * tokens * (header.head_dim + header.value_dim)
+    numbers += heads * rows
+    return numbers * (_FLOAT + ITEM_BYTES[header.dtype]) + max(query_like, out) * _FLOAT
+
+
+def _block_bytes(header: Header, tokens: int, policies: Sequence[CachePolicy]) -> int:
+    """Buffers of the widest block, or of the dense rows that details are measured on."""
+    rows = BLOCK * max(_heads_together(header, policy) for policy in policies)
+    width = max(_width(policy, tokens) for policy in policies)
+    dense = SAMPLED_ROWS * tokens * (header.group + 5) * 2 * _FLOAT
+    return max(_BUFFERS * rows * width * _FLOAT, dense)
+
+
+def _heads_together(header: Header, policy: CachePolicy) -> int:
+    """Query heads that a lane of the policy takes at once."""
+    is_whole = not is_compiled(policy) or getattr(policy, "scope_is_layer", False)
+    return header.group * (len(header.kv_heads) if is_whole else 1)
+
+
+def _result_bytes(header: Header, tokens: int) -> int:
+    """What is kept of one policy in one layer: a mass per row, a time per token, an error."""
+    rows, kv_heads = -(-tokens // header.query_stride), len(header.kv_heads)
+    return kv_heads * (header.group * rows + tokens) * _FLOAT + rows * 8
+
+
+def _work(header: Header, tokens: int, policy: CachePolicy, outputs: bool) -> float:
+    """Seconds of one policy in one layer on one processor."""
+    rows = -(-tokens // header.query_stride)
+    heads = len(header.kv_heads) * header.group
+    cells = sum(min(first + BLOCK, _width(policy, tokens)) for first in range(0, tokens, BLOCK)) * (
+        heads * rows * BLOCK / tokens
+    )
+    dims = header.head_dim + (header.value_dim if outputs else 0)
+    speed = _speed()
+    return cells * (2 * dims * speed.multiply_add + _PASSES * speed.exponential)
+
+
+def _width(policy: CachePolicy, tokens: int) -> int:
+    capacity = policy.occupancy.capacity
+    return tokens if capacity is None else min(tokens, capacity + BLOCK)
+
+
+@dataclass(frozen=True)
+class _Speed:
+    """Seconds per element on one thread."""
+
+    multiply_add: float
+    exponential: float
+
+
+@cache
+def _speed() -> _Speed:
+    """Measure this machine for some milliseconds."""
+    x, y, z = torch.ones(512, 128), torch.ones(128, 1024), torch.zeros(512, 1024)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        product = min(_timed(lambda: torch.mm(x, y)) for _ in range(4))
+        exponential = min(_timed(z.exp) for _ in range(4))
+    finally:
+        torch.set_num_threads(threads)
+    return _Speed(product / (2 * 512 * 128 * 1024), exponential / z.numel())
+
+
+def _timed(run: Callable[[], object]) -> float:
+    began = perf_counter()
+    run()
+    return perf_counter() - began
+
+
+def _resident_bytes() -> int:
+    """Most memory that this process has held so far."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,1 @@
+"""A replay as one self-contained page with pictures."""

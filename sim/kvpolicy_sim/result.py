@@ -1,0 +1,260 @@
+"""What a replay found out about one policy: measured arrays, and the figures drawn from them.
+
+Axes: H_kv KV heads, G query heads per KV head, T tokens, r rows (tokens with queries).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from kvpolicy import CachePolicy, Ledger
+from kvpolicy.footprint import PAGE_STATE_BYTES
+from kvpolicy.policy import EvictionPolicy
+from kvpolicy.trace import Header
+from kvpolicy.trace import Sequence as TracedSequence
+from kvpolicy.trace.header import ITEM_BYTES
+from kvpolicy_sim.details import RECALL_AT, Details
+from kvpolicy_sim.layerwise import PolicyOutcome
+from kvpolicy_sim.statistics import bootstrap_mean, mean_or_none
+
+Place = tuple[int, int]
+"""Sequence and layer."""
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """Everything about one layer of one sequence."""
+
+    sequence: int
+    layer: int
+    outcomes: dict[CachePolicy, PolicyOutcome]
+    details: dict[CachePolicy, Details]
+    optima: dict[CachePolicy, "Regret"]
+
+
+@dataclass(frozen=True)
+class Regret:
+    """A policy's retained mass beside the offline optimum, in m units of a layer.
+
+    A unit is a KV head or, under ``scope=layer``, the whole layer.
+
+    Attributes:
+        mass: Mean retained mass of the policy over the counted steps; [m].
+        lower: Retained mass that a clairvoyant policy reaches; [m].
+        upper: Retained mass that no policy exceeds; [m].
+    """
+
+    mass: np.ndarray
+    lower: np.ndarray
+    upper: np.ndarray
+
+
+@dataclass
+class PolicyResult:
+    """One policy over all layers and sequences of a replay.
+
+    Attributes:
+        policy: The policy.
+        header: The trace's header.
+        sequences: The sequences replayed, by index.
+        outcomes: Per sequence and layer.
+        details: Likewise; empty if they were not measured.
+        regrets: Likewise; empty without an oracle.
+    """
+
+    policy: CachePolicy
+    header: Header
+    sequences: dict[int, TracedSequence]
+    outcomes: dict[Place, PolicyOutcome] = field(default_factory=dict)
+    details: dict[Place, Details] = field(default_factory=dict)
+    regrets: dict[Place, Regret] = field(default_factory=dict)
+
+    @property
+    def budget(self) -> int | None:
+        """Slots kept after an eviction; None if all are."""
+        return self.policy.occupancy.retained
+
+    @property
+    def seconds(self) -> float:
+        """Time taken, summed over threads."""
+        return sum(outcome.seconds for outcome in self.outcomes.values())
+
+    def is_counted(self, steps: np.ndarray) -> np.ndarray:
+        """Which steps count, given as tokens seen: those beyond the budget, or all if none is."""
+        counted = steps > (self.budget or 0)
+        return counted if counted.any() else np.ones_like(counted)
+
+    def counted_rows(self, sequence: int) -> np.ndarray:
+        """Which rows of a sequence count; [r] bool."""
+        tokens = self.sequences[sequence].tokens
+        return self.is_counted(np.arange(0, tokens, self.header.query_stride) + 1)
+
+    def masses(self, sequence: int) -> np.ndarray:
+        """Retained mass of the counted rows of a sequence, [layers, H_kv, G, counted]."""
+        rows = self.counted_rows(sequence)
+        places = sorted(place for place in self.outcomes if place[0] == sequence)
+        return np.stack([self.outcomes[place].retained_mass[..., rows] for place in places])
+
+    @property
+    def retained_mass(self) -> dict[str, Any]:
+        """Mean, 5th percentile and minimum over counted steps and query heads.
+
+        ``interval`` is the 95 % bootstrap interval of the mean over sequences, None of one.
+        """
+        parts = [self.masses(sequence).ravel() for sequence in self.sequences]
+        means = [float(part.mean(dtype=np.float64)) for part in parts]
+        joined = np.concatenate(parts) if len(parts) > 1 else parts[0]
+        return {
+            "mean": float(joined.mean(dtype=np.float64)),
+            "p5": float(np.percentile(joined, 5, overwrite_input=True)),
+            "min": float(joined.min()),
+            "interval": bootstrap_mean(means),
+        }
+
+    @property
+    def head_mass(self) -> np.ndarray:
+        """Mean retained mass over counted steps, [layers, H_kv]."""
+        total, count = np.zeros(()), 0
+        for sequence in self.sequences:
+            masses = self.masses(sequence)
+            total = total + masses.sum(axis=(2, 3), dtype=np.float64)
+            count += masses.shape[2] * masses.shape[3]
+        return total / count
+
+    @property
+    def output_error(self) -> dict[str, Any]:
+        """Mean and 95th percentile of ||o' - o|| / ||o|| over counted steps and layers."""
+        errors = [
+            outcome.output_error[self.counted_rows(sequence)]
+            for (sequence, _), outcome in self.outcomes.items()
+            if outcome.output_error is not None
+        ]
+        if not errors:
+            return {"mean": None, "p95": None}
+        joined = np.concatenate(errors)
+        return {"mean": float(joined.mean()), "p95": float(np.percentile(joined, 95))}
+
+    @property
+    def lost_mass_by_age(self) -> list[float] | None:
+        """Mean attention on evicted tokens of ages 2^b .. 2^(b+1)-1, for b = 0, 1, ..."""
+        if not self.details:
+            return None
+        bins = max(found.lost_by_age.shape[-1] for found in self.details.values())
+        total, rows = np.zeros(bins), 0
+        for found in self.details.values():
+            counted = found.lost_by_age[:, self.is_counted(found.steps)]
+            total[: counted.shape[-1]] += counted.sum(axis=(0, 1))
+            rows += counted.shape[0] * counted.shape[1]
+        return (total / max(rows, 1)).tolist()
+
+    @property
+    def recall(self) -> dict[str, float | None] | None:
+        """Share of the k most attended tokens that were retained, by k."""
+        if not self.details:
+            return None
+        found = {}
+        for index, k in enumerate(RECALL_AT):
+            rows = [
+                d.recall[:, self.is_counted(d.steps), index].ravel() for d in self.details.values()
+            ]
+            found[str(k)] = mean_or_none(np.concatenate(rows))
+        return found
+
+    @property
+    def marks(self) -> list[dict[str, Any]]:
+        """Per marked span: attention on it that was retained, and its tokens kept at the end."""
+        found: dict[str, tuple[list[float], list[float], list[float]]] = {}
+        for place, details in self.details.items():
+            sequence = self.sequences[place[0]]
+            for index, (name, first, last) in enumerate(sequence.marks):
+                mass, retained, kept = found.setdefault(name, ([], [], []))
+                after = details.steps > last
+                mass.append(float(details.mark_mass[:, after, index].sum()))
+                retained.append(float(details.mark_retained[:, after, index].sum()))
+                kept.append(float((self.outcomes[place].evicted_at[:, first:last] == 0).mean()))
+        return [
+            {
+                "name": name,
+                "retained_mass": sum(retained) / sum(mass) if sum(mass) > 0 else None,
+                "kept": float(np.mean(kept)),
+            }
+            for name, (mass, retained, kept) in found.items()
+        ]
+
+    @property
+    def regret(self) -> dict[str, float] | None:
+        """Share of the optimal retained mass that was missed, between two bounds."""
+        if not self.regrets:
+            return None
+        mass, lower, upper = (
+            float(np.mean(np.concatenate([getattr(r, name) for r in self.regrets.values()])))
+            for name in ("mass", "lower", "upper")
+        )
+        return {
+            "lower": max(0.0, 1 - mass / lower),
+            "upper": max(0.0, 1 - mass / upper),
+            "mass": mass,
+            "optimum_lower": lower,
+            "optimum_upper": upper,
+        }
+
+    def ledger(self, sequence: int) -> Ledger:
+        """What the policy did to a sequence, counted from what left.
+
+        Raises:
+            LedgerError: The tokens evicted are not what the occupancy law demands.
+        """
+        outcomes = [o for (at, _), o in self.outcomes.items() if at == sequence]
+        tokens, seconds = self.sequences[sequence].tokens, sum(o.seconds for o in outcomes)
+        counts = np.concatenate([(o.evicted_at > 0).sum(axis=1) for o in outcomes])
+        evicted = float(counts.mean())
+        evicted = int(evicted) if evicted.is_integer() else evicted
+        cell = (self.header.head_dim + self.header.value_dim) * ITEM_BYTES[self.header.dtype]
+        state = PAGE_STATE_BYTES if isinstance(self.policy, EvictionPolicy) else 0
+        held = tokens - evicted
+        bytes_held = int(held * len(counts) * (cell + state))
+        return Ledger(
+            policy=str(self.policy),
+            logical_tokens=tokens,
+            retained=held,
+            evicted=evicted,
+            slots_held=held + self.policy.occupancy.state_slots,
+            blocks_held=0,
+            bytes_held=bytes_held,
+            bytes_saved=tokens * len(counts) * cell - bytes_held,
+            evictions=int(evicted // self.policy.occupancy.interval),
+            policy_seconds=seconds,
+        ).check(self.policy.occupancy)
+
+    def as_dict(self, level: str) -> dict[str, Any]:
+        """One entry of ``results``, JSON-ready."""
+        ledgers = [self.ledger(sequence) for sequence in self.sequences]
+        tokens = sum(ledger.logical_tokens for ledger in ledgers)
+        regret = self.regret
+        return {
+            "policy": str(self.policy),
+            "budget": self.budget,
+            "level": level,
+            "retention_ratio": sum(ledger.retained for ledger in ledgers) / tokens,
+            "retained_mass": self.retained_mass,
+            "output_error": self.output_error,
+            "oracle_gap": None if regret is None else regret["upper"],
+            "regret": regret,
+            "recall": self.recall,
+            "lost_mass_by_age": self.lost_mass_by_age,
+            "marks": self.marks,
+            "head_mass": self.head_mass.tolist(),
+            "evicted": _mean(ledger.evicted for ledger in ledgers),
+            "merged": _mean(ledger.merged for ledger in ledgers),
+            "bytes_kept": _mean(ledger.bytes_held for ledger in ledgers),
+            "seconds": self.seconds,
+            "steps_per_second": tokens / self.seconds if self.seconds else None,
+        }
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    mean = sum(found) / len(found)
+    return int(mean) if float(mean).is_integer() else mean

@@ -1,0 +1,104 @@
+"""Which policies the compiled walk follows, and how.
+
+A policy class is listed here if the walk decides exactly as its `score` does; anything else,
+subclasses included, is replayed through the core's own look-ahead.
+"""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import numpy as np
+
+from kvpolicy import CachePolicy, EvictionPolicy
+from kvpolicy.policies.full import Full
+from kvpolicy.policies.h2o import H2O
+from kvpolicy.policies.random import Random
+from kvpolicy.policies.sinks import Sinks
+from kvpolicy.policies.tova import TOVA
+from kvpolicy.policies.window import Window
+
+POSITION, RANDOM, LAST_ROW, SUM, MEAN = range(5)
+"""What a slot is scored by."""
+
+POOL_MEAN, POOL_MAX, POOL_SUM = range(3)
+"""How the weights of query heads are reduced."""
+
+_NEVER = 1 << 60
+"""More tokens than any sequence has."""
+
+_WORD = (1 << 64) - 1
+
+
+class Rule(NamedTuple):
+    """How the compiled walk follows a policy in one layer and KV head.
+
+    Attributes:
+        score: POSITION, RANDOM, LAST_ROW, SUM or MEAN.
+        pool: POOL_MEAN, POOL_MAX or POOL_SUM.
+        decay: Factor on the statistic before each token's addition.
+        is_relative: Whether weights are measured in multiples of the uniform one.
+        sinks: First tokens that are protected.
+        recent: Newest tokens that are protected.
+        retained: Slots left by an eviction.
+        interval: Slots evicted at once, and tokens between evictions.
+        hash: `random`'s chain over (seed, layer, kv_head).
+    """
+
+    score: int
+    pool: int
+    decay: float
+    is_relative: bool
+    sinks: int
+    recent: int
+    retained: int
+    interval: int
+    hash: np.uint64
+
+
+_SCORES: dict[type[CachePolicy], Callable[..., int]] = {
+    Full: lambda _: POSITION,
+    Window: lambda _: POSITION,
+    Sinks: lambda _: POSITION,
+    Random: lambda _: RANDOM,
+    TOVA: lambda _: LAST_ROW,
+    H2O: lambda policy: SUM if policy.statistic == "sum" else MEAN,
+}
+
+_POOLS = {"mean": POOL_MEAN, "max": POOL_MAX, "sum": POOL_SUM}
+
+
+def is_compiled(policy: CachePolicy) -> bool:
+    """Whether the compiled walk follows the policy, and there is a compiler."""
+    is_listed = type(policy) in _SCORES and getattr(policy, "rope", "keep") == "keep"
+    return is_listed and find_spec("numba") is not None
+
+
+def rule_for(policy: CachePolicy, layer: int, kv_head: int) -> Rule:
+    """The walk's rule in a layer and KV head; only `random` tells them apart."""
+    score, law = _SCORES[type(policy)](policy), policy.occupancy
+    if not isinstance(policy, EvictionPolicy):
+        return Rule(score, POOL_MEAN, 1.0, False, 0, 0, _NEVER, 1, np.uint64(0))
+    accumulation = policy.accumulation
+    return Rule(
+        score=score,
+        pool=POOL_MEAN if policy.scope_is_layer else _POOLS[policy.group_reduction],
+        decay=accumulation.decay,
+        is_relative=accumulation.relative,
+        sinks=policy.sink_slots,
+        recent=policy.recent_slots,
+        retained=policy.budget,
+        interval=law.interval,
+        hash=np.uint64(_chain(policy.seed, layer, kv_head) if isinstance(policy, Random) else 0),
+    )
+
+
+def _chain(*values: int) -> int:
+    """splitmix64 (Steele, Lea and Flood 2014) chained over integers."""
+    state = 0
+    for value in values:
+        x = ((state ^ value) + 0x9E3779B97F4A7C15) & _WORD
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & _WORD
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB & _WORD
+        state = x ^ (x >> 31)
+    return state

@@ -1,0 +1,97 @@
+"""What can be replayed exactly from a trace; the rest is refused, with what to change."""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import get_args
+
+from kvpolicy import CachePolicy, EvictionPolicy, PolicyError, UnsupportedError
+from kvpolicy.policy import NEEDS
+from kvpolicy.trace import Header, Trace
+from kvpolicy.trace import Sequence as TracedSequence
+from kvpolicy_sim.lanes import Level
+from kvpolicy_sim.rules import is_compiled
+
+
+def require_oracle(header: Header) -> None:
+    """Raise UnsupportedError unless the offline optimum can be computed of a trace."""
+    if header.query_stride > 1:
+        raise UnsupportedError(
+            f"the oracle needs every query and the trace has every {header.query_stride}th; "
+            "capture with query_stride=1, or replay without the oracle"
+        )
+    if find_spec("numba") is None:
+        raise UnsupportedError("the oracle needs numba: install the extra sim of kvpolicy")
+
+
+def require_supported(header: Header, policies: Sequence[CachePolicy], level: str) -> None:
+    """Raise unless every policy's decisions can be replayed exactly.
+
+    Raises:
+        PolicyError: There is no policy, or no such level.
+        UnsupportedError: With the policy, why, and what to change.
+    """
+    if not policies:
+        raise PolicyError("nothing to replay: give at least one policy, such as h2o:budget=256")
+    if level not in get_args(Level):
+        raise PolicyError(f"unknown level {level!r}; choose from {', '.join(get_args(Level))}")
+    for policy in policies:
+        reason = _unsupported(header, policy)
+        if reason:
+            raise UnsupportedError(f"{policy}: {reason}")
+
+
+def _unsupported(header: Header, policy: CachePolicy) -> str | None:
+    """Say why a policy cannot be replayed from a trace."""
+    if policy.occupancy.state_slots:
+        return "memory states are not replayed yet; use a policy that only evicts"
+    if header.query_stride > 1 and (policy.needs or not is_compiled(policy)):
+        return (
+            f"its decisions need every query and the trace has every {header.query_stride}th; "
+            "capture with query_stride=1"
+        )
+    if not isinstance(policy, EvictionPolicy):
+        return None
+    unknown = sorted(set(policy.needs) - set(NEEDS))
+    if unknown:
+        return f"it needs {unknown}, and a replay shows {NEEDS}; declare needs among these"
+    if policy.prefill != "stream":
+        return "a replay runs prefill=stream only; drop prefill=bulk"
+    if policy.rope == "reindex" and (header.rope is None or header.rope.kind != "default"):
+        return "rope=reindex needs a trace with plain RoPE; use rope=keep"
+    if policy.scope_is_layer and len(header.kv_heads) < header.num_kv_heads:
+        return (
+            f"scope=layer takes the mean over all {header.num_kv_heads} KV heads and the trace "
+            f"has {len(header.kv_heads)}; capture all heads, or use scope=head"
+        )
+    return None
+
+
+def choose_layers(header: Header, layers: Sequence[int] | None) -> tuple[int, ...]:
+    """The layers asked for, in order.
+
+    Raises:
+        PolicyError: One was not captured.
+    """
+    chosen = header.layers if layers is None else tuple(sorted(set(layers)))
+    missing = sorted(set(chosen) - set(header.layers))
+    if missing or not chosen:
+        raise PolicyError(
+            f"layers {missing or list(chosen)} are not in the trace; it has {list(header.layers)}"
+        )
+    return chosen
+
+
+def choose_sequences(trace: Trace, sequences: Sequence[int] | None) -> tuple[TracedSequence, ...]:
+    """The sequences asked for, in order.
+
+    Raises:
+        PolicyError: One is not in the trace.
+    """
+    known = {sequence.index: sequence for sequence in trace.sequences}
+    chosen = sorted(known if sequences is None else set(sequences))
+    missing = [index for index in chosen if index not in known]
+    if missing or not chosen:
+        raise PolicyError(
+            f"sequences {missing or chosen} are not in the trace; it has {sorted(known)}"
+        )
+    return tuple(known[index] for index in chosen)
