@@ -2,13 +2,16 @@
 
 from typing import TYPE_CHECKING, Any
 
-from kvpolicy import PolicyError
+from kvpolicy import PolicyError, TraceError
+from kvpolicy_vllm.capture import Capture
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
     from vllm import LLM
 
-__all__ = ["engine_args", "ledger", "register", "retained_positions"]
+__all__ = ["Capture", "captures", "engine_args", "ledger", "register", "retained_positions"]
 
 
 def register() -> None:
@@ -18,23 +21,29 @@ def register() -> None:
     plugin.register()
 
 
-def engine_args(policy: str, **arguments: Any) -> dict[str, Any]:
+def engine_args(
+    policy: str, *, capture: "Capture | Path | str | None" = None, **arguments: Any
+) -> dict[str, Any]:
     """Engine arguments that run a policy: ``LLM(model, **engine_args("h2o:budget=1024"))``.
 
     Args:
         policy: The policy's spec.
+        capture: What to record of requests, or just the directory; needs the policy ``full``.
         **arguments: Further engine arguments; `additional_config` is merged.
 
     Raises:
-        PolicyError: The spec is wrong.
-        UnsupportedError: The installed vLLM release is not supported.
+        PolicyError: The spec or the capture is wrong.
+        UnsupportedError: The installed vLLM release is not supported, or the policy evicts and
+            is to be captured.
     """
     from kvpolicy_vllm.cli import engine_settings
+    from kvpolicy_vllm.config import CAPTURE_KEY
     from kvpolicy_vllm.plugin import check_version
 
     check_version()
-    settings = engine_settings(str(policy))
-    extra = arguments.pop("additional_config", None) or {}
+    extra = dict(arguments.pop("additional_config", None) or {})
+    given = extra.pop(CAPTURE_KEY, None)
+    settings = engine_settings(str(policy), given if capture is None else capture)
     return {
         **settings,
         **arguments,
@@ -74,6 +83,29 @@ def retained_positions(llm: "LLM", request_id: str, layer: int) -> "Tensor":
     return torch.tensor(positions, dtype=torch.int64)
 
 
+def captures(llm: "LLM") -> "list[Path]":
+    """Traces of an engine's finished requests, as files that can be read: the latest 4,096.
+
+    Raises:
+        PolicyError: The engine was made without a capture.
+        TraceError: Recordings failed since the last call; the message names each of them.
+    """
+    from pathlib import Path
+
+    from kvpolicy_vllm.config import configured_capture
+
+    if configured_capture(llm.llm_engine.vllm_config) is None:
+        raise PolicyError(
+            "this engine records no requests; construct it with "
+            "LLM(model, **kvpolicy_vllm.engine_args('full', capture=DIRECTORY))"
+        )
+    running = list(llm.llm_engine.output_processor.request_states)
+    report = _call(llm, "kvpolicy_captures", running)
+    if report["faults"]:
+        raise TraceError("; ".join(report["faults"]))
+    return [Path(path) for path in report["finished"]]
+
+
 def _call(llm: "LLM", method: str, *args: Any) -> Any:
     """Ask the engine's worker, by name: nothing is pickled."""
     from vllm.utils.import_utils import resolve_obj_by_qualname
@@ -83,7 +115,7 @@ def _call(llm: "LLM", method: str, *args: Any) -> Any:
     worker = resolve_obj_by_qualname(llm.llm_engine.vllm_config.parallel_config.worker_cls)
     if not issubclass(worker, PolicyWorker):
         raise PolicyError(
-            "this engine keeps no ledger by request; construct it with "
+            "this engine keeps no ledger or trace by request; construct it with "
             "LLM(model, **kvpolicy_vllm.engine_args(SPEC))"
         )
     return llm.collective_rpc(method, args=args)[0]

@@ -31,6 +31,7 @@ from kvpolicy_vllm.execution import LayerBatch, attend_in_place, decide, walk
 from kvpolicy_vllm.kernel import Kernel
 from kvpolicy_vllm.pages import Pages
 from kvpolicy_vllm.plan import NULL_BLOCK, InPlace, Plan, Row, make_plan
+from kvpolicy_vllm.recording import RecordedRow
 from kvpolicy_vllm.spec import RetentionSpec
 
 if TYPE_CHECKING:
@@ -52,10 +53,12 @@ class RetentionMetadata:
     Attributes:
         plan: The rows and what is done with them.
         schedule: The kernel's own plan for the rows attended in place.
+        recorded: Rows whose attention goes into traces.
     """
 
     plan: Plan
     schedule: Tensor | None
+    recorded: list[RecordedRow]
 
 
 class RetentionBackend(CPUAttentionBackend):
@@ -127,7 +130,8 @@ class RetentionMetadataBuilder(CPUAttentionMetadataBuilder):
         rows = self._rows(common)
         plan = make_plan(rows, common.block_table_tensor, self.block_size, common.num_actual_tokens)
         schedule = None if plan.in_place is None else self._schedule(plan.in_place)
-        return RetentionMetadata(plan, schedule)
+        recorded = self.engine.recorded(rows, common.block_table_tensor)
+        return RetentionMetadata(plan, schedule, recorded)
 
     def _rows(self, common: "CommonAttentionMetadata") -> list[Row]:
         """The rows of requests; dummy rows of warm-up own no blocks."""
@@ -237,6 +241,8 @@ class RetentionImpl(CPUAttentionBackendImpl):
             decide(decision, self._layer(decision.policy, index), self._pages, query)
         for part in plan.walks:
             walk(part, self._layer(part.policy, index), self._pages, batch)
+        for row in attn_metadata.recorded:
+            row.record(index, batch, self._pages, self.scale)
         return output
 
     def _layer(self, policy: Any, index: int) -> AttentionLayer:

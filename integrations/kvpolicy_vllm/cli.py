@@ -1,7 +1,7 @@
-"""The ``--kv-policy`` flag of vLLM's own command line.
+"""The flags ``--kv-policy`` and ``--kv-policy-capture`` of vLLM's own command line.
 
 vLLM loads plugins right before it declares its engine flags, and offers them no hook there.
-Wrapping that one static method adds the flag; the flag's action writes where
+Wrapping that one static method adds the flags; their actions write where
 ``--additional-config`` would, so that nothing else of vLLM needs to know.
 """
 
@@ -9,25 +9,30 @@ import argparse
 from typing import Any
 
 from kvpolicy import PolicyError, parse
-from kvpolicy_vllm.config import KEY
+from kvpolicy_vllm.capture import Capture
+from kvpolicy_vllm.config import CAPTURE_KEY, KEY, WORKER, check_capture
 from kvpolicy_vllm.frontend import announce
 
-WORKER = "kvpolicy_vllm.worker.PolicyWorker"
 
-
-def engine_settings(spec: str) -> dict[str, Any]:
-    """Engine arguments that put a policy to work.
+def engine_settings(spec: str, capture: Any = None) -> dict[str, Any]:
+    """Engine arguments that put a policy to work, and record requests if asked to.
 
     Raises:
-        PolicyError: The spec is wrong.
+        PolicyError: The spec or the capture is wrong, or they do not fit.
     """
     policy = parse(spec)
-    announce(policy)
-    return {"additional_config": {KEY: str(policy)}, "worker_cls": WORKER}
+    config: dict[str, Any] = {KEY: str(policy)}
+    if capture is not None:
+        check_capture(policy)
+        capture = Capture.of(capture)
+        capture.check_directory()
+        config[CAPTURE_KEY] = capture.as_dict()
+    announce(policy, is_recorded=capture is not None)
+    return {"additional_config": config, "worker_cls": WORKER}
 
 
-class _PolicyAction(argparse.Action):
-    """Stores a policy in the engine arguments' namespace."""
+class _SettingAction(argparse.Action):
+    """Stores a policy or a capture in the engine arguments' namespace."""
 
     def __call__(
         self,
@@ -36,19 +41,24 @@ class _PolicyAction(argparse.Action):
         values: Any,
         option_string: str | None = None,
     ) -> None:
-        """Validate the spec and merge its settings with those given so far."""
+        """Validate the value and merge its settings with those given so far."""
+        given = {**(getattr(namespace, "additional_config", None) or {})}
+        spec, capture = given.get(KEY, "full"), given.get(CAPTURE_KEY)
+        if self.dest == KEY:
+            spec = values
+        else:
+            capture = values
         try:
-            settings = engine_settings(values)
+            settings = engine_settings(spec, capture)
         except PolicyError as error:
             parser.error(str(error))
-        merged = {**(getattr(namespace, "additional_config", None) or {})}
-        namespace.additional_config = {**merged, **settings["additional_config"]}
+        namespace.additional_config = {**given, **settings["additional_config"]}
         if getattr(namespace, "worker_cls", "auto") == "auto":
             namespace.worker_cls = settings["worker_cls"]
 
 
 class _MergedConfig(argparse._StoreAction):  # pyright: ignore[reportPrivateUsage]
-    """``--additional-config`` that keeps a policy given before it, instead of dropping it."""
+    """``--additional-config`` that keeps what our flags gave before it, instead of dropping it."""
 
     def __call__(
         self,
@@ -57,14 +67,14 @@ class _MergedConfig(argparse._StoreAction):  # pyright: ignore[reportPrivateUsag
         values: Any,
         option_string: str | None = None,
     ) -> None:
-        """Store the new settings beside the policy's."""
+        """Store the new settings beside ours."""
         given = getattr(namespace, self.dest, None) or {}
-        kept = {KEY: given[KEY]} if KEY in given else {}
+        kept = {key: given[key] for key in (KEY, CAPTURE_KEY) if key in given}
         setattr(namespace, self.dest, {**kept, **values})
 
 
 def add_flag(parser: argparse.ArgumentParser) -> None:
-    """Declare ``--kv-policy`` once."""
+    """Declare ``--kv-policy`` and ``--kv-policy-capture`` once."""
     declared = parser._option_string_actions  # pyright: ignore[reportPrivateUsage]
     if "--kv-policy" in declared:
         return
@@ -75,10 +85,17 @@ def add_flag(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("KVPolicy", "KV-cache retention policies (kvpolicy)")
     group.add_argument(
         "--kv-policy",
-        action=_PolicyAction,
+        action=_SettingAction,
         default=argparse.SUPPRESS,
         metavar="SPEC",
         help="retention policy of the KV cache, e.g. h2o:budget=1024; see `kvpolicy policies`",
+    )
+    group.add_argument(
+        "--kv-policy-capture",
+        action=_SettingAction,
+        default=argparse.SUPPRESS,
+        metavar="DIRECTORY[,KEY=VALUE...]",
+        help="record requests under --kv-policy full as traces, e.g. traces,every=10",
     )
 
 

@@ -1,12 +1,15 @@
 """Reads the policy from vLLM's configuration and refuses what it cannot honour.
 
 The setting lives in ``VllmConfig.additional_config``, which travels to every process and
-enters the compile hash: ``{"kv_policy": SPEC}``.
+enters the compile hash: ``{"kv_policy": SPEC}``, and ``{"kv_policy_capture": SETTINGS}`` beside
+it where requests are recorded.
 """
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvpolicy import CachePolicy, EvictionPolicy, PolicyError, UnsupportedError, parse
+from kvpolicy_vllm.capture import Capture
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -15,19 +18,52 @@ if TYPE_CHECKING:
 KEY = "kv_policy"
 """Key of the policy's spec in `additional_config` and in a request's `extra_args`."""
 
+CAPTURE_KEY = "kv_policy_capture"
+"""Key of a capture's settings in `additional_config`, of a request's wish in `extra_args`."""
+
+WORKER = "kvpolicy_vllm.worker.PolicyWorker"
+"""The worker class that knows requests by id."""
+
+_WISHES = {"true": True, "1": True, "false": False, "0": False}
+"""A request's wish as text; JSON's true reaches vLLM as 1."""
+
 
 def configured_policy(vllm_config: "VllmConfig | None") -> CachePolicy | None:
     """The engine's policy, or None when it runs stock vLLM.
 
     Raises:
-        PolicyError: The spec is wrong, or a setting that starts with kv_policy is unknown.
+        PolicyError: The spec is wrong, a setting that starts with kv_policy is unknown, or a
+            capture has no policy.
     """
     settings = _settings(vllm_config)
-    unknown = [key for key in settings if key.startswith(KEY) and key != KEY]
+    known = (KEY, CAPTURE_KEY)
+    unknown = [key for key in settings if key.startswith(KEY) and key not in known]
     if unknown:
-        raise PolicyError(f"unknown setting {unknown[0]!r}; the setting is called {KEY!r}")
+        raise PolicyError(
+            f"unknown setting {unknown[0]!r}; the settings are called {' and '.join(known)}"
+        )
     spec = settings.get(KEY)
+    if spec is None and settings.get(CAPTURE_KEY) is not None:
+        raise PolicyError(f"{CAPTURE_KEY} records what policies run on: add {KEY}=full")
     return None if spec is None else parse(spec)
+
+
+def configured_capture(vllm_config: "VllmConfig") -> Capture | None:
+    """What the engine records, or None.
+
+    Raises:
+        PolicyError: The settings are wrong, or depend on where a process was started.
+    """
+    settings = _settings(vllm_config).get(CAPTURE_KEY)
+    if settings is None:
+        return None
+    directory = settings.get("directory") if isinstance(settings, dict) else None
+    if not isinstance(directory, str) or not Path(directory).is_absolute():
+        raise PolicyError(
+            f"{CAPTURE_KEY} needs a directory as an absolute path, because several processes "
+            f"read it: got {settings!r}; or use engine_args(SPEC, capture=...)"
+        )
+    return Capture.of(settings)
 
 
 def _settings(vllm_config: "VllmConfig | None") -> dict[str, Any]:
@@ -56,6 +92,50 @@ def check_engine(vllm_config: "VllmConfig", policy: CachePolicy) -> None:
         if is_used:
             raise UnsupportedError(f"kv_policy={policy} does not work with {feature}; {remedy}")
     _check_length(vllm_config, policy)
+    capture = configured_capture(vllm_config)
+    if capture is not None:
+        check_capture(policy)
+        _check_recorded(vllm_config, capture)
+
+
+def check_capture(policy: CachePolicy) -> None:
+    """Refuse to record under a policy that evicts.
+
+    Raises:
+        UnsupportedError: With the policy to use instead.
+    """
+    if not keeps_everything(policy):
+        raise UnsupportedError(
+            f"{policy} evicts, so that queries, keys and values are not those of the full cache "
+            "that a trace holds; capture with kv_policy=full and replay other policies over it"
+        )
+
+
+def keeps_everything(policy: CachePolicy) -> bool:
+    """Whether requests under a policy can be recorded."""
+    return policy.occupancy.capacity is None
+
+
+def _check_recorded(vllm_config: "VllmConfig", capture: Capture) -> None:
+    """Refuse layers and heads that the model has not, and engines that know no requests."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    for what, asked, count in (
+        ("layers", capture.layers, model.get_num_layers(parallel)),
+        ("kv_heads", capture.kv_heads, model.get_total_num_kv_heads()),
+    ):
+        if asked is not None and asked[-1] >= count:
+            raise PolicyError(
+                f"capture: {what} has {asked[-1]}, but the model's go from 0 to {count - 1}"
+            )
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    from kvpolicy_vllm.worker import PolicyWorker
+
+    if not issubclass(resolve_obj_by_qualname(parallel.worker_cls), PolicyWorker):
+        raise UnsupportedError(
+            f"{CAPTURE_KEY} needs a worker that knows requests by id; use "
+            f"engine_args(SPEC, capture=...), or set worker_cls={WORKER!r}"
+        )
 
 
 def check_request(policy: CachePolicy, server: CachePolicy) -> None:
@@ -96,6 +176,21 @@ def request_policy(params: "SamplingParams") -> CachePolicy | None:
             "import paths are for the server's own policy only"
         )
     return parse(spec)
+
+
+def request_capture(params: "SamplingParams") -> bool | None:
+    """Whether a request asks to be recorded (True) or not to be (False), None if neither.
+
+    Raises:
+        PolicyError: It says something else.
+    """
+    wish = (params.extra_args or {}).get(CAPTURE_KEY)
+    if wish is None:
+        return None
+    known = _WISHES.get(str(wish).lower())
+    if known is None:
+        raise PolicyError(f"{CAPTURE_KEY} of a request must be true or false, got {wish!r}")
+    return known
 
 
 def _conflicts(vllm_config: "VllmConfig") -> list[tuple[bool, str, str]]:

@@ -9,13 +9,24 @@ from vllm.logger import init_logger
 
 from kvpolicy import CachePolicy, PolicyError, UnsupportedError
 from kvpolicy_vllm.book import Book
-from kvpolicy_vllm.config import check_request, configured_policy, request_policy
+from kvpolicy_vllm.config import (
+    check_request,
+    configured_policy,
+    keeps_everything,
+    request_capture,
+    request_policy,
+)
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from vllm.config import VllmConfig
     from vllm.sampling_params import SamplingParams
     from vllm.v1.sample.logits_processor.interface import BatchUpdate
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    from kvpolicy_vllm.plan import Row
+    from kvpolicy_vllm.recorder import Recorder
+    from kvpolicy_vllm.recording import RecordedRow
 
 logger = init_logger(__name__)
 
@@ -34,6 +45,7 @@ class Engine:
         has_layers: Whether a layer has been built with this host's attention.
         runner: vLLM's model runner, which knows the requests; None where the engine was
             configured without `kvpolicy_vllm.worker`.
+        recorder: Writes requests to traces; None where nothing is captured.
     """
 
     policy: CachePolicy
@@ -41,6 +53,7 @@ class Engine:
     rows: dict[int, CachePolicy] = field(default_factory=dict)
     has_layers: bool = False
     runner: "GPUModelRunner | None" = None
+    recorder: "Recorder | None" = None
 
     @classmethod
     def start(cls, vllm_config: "VllmConfig") -> "Engine | None":
@@ -78,6 +91,26 @@ class Engine:
         for request_id in request_ids:
             if request_id in self.book.accounts:
                 self.book.close(request_id, self.blocks_of(request_id))
+
+    def meet(self, request_id: str, params: "SamplingParams | None") -> None:
+        """Decide about recording a request that runs for the first time."""
+        if self.recorder is None or params is None:
+            return
+        policy = self.requested_policy(params) or self.policy
+        try:
+            wish = request_capture(params)
+        except PolicyError as error:  # refused where requests enter; this one got past that
+            logger.warning("kvpolicy: %s", error)
+            wish = None
+        if keeps_everything(policy):
+            self.recorder.meet(request_id, wish)
+
+    def recorded(self, rows: "list[Row]", block_table: "Tensor") -> "list[RecordedRow]":
+        """Those rows of the running batch that are recorded."""
+        if self.recorder is None:
+            return []
+        assert self.runner is not None, "captures are refused where requests are not known"
+        return self.recorder.plan(rows, block_table, self.runner.input_batch)
 
     def policy_of_row(self, row: int) -> CachePolicy:
         """Policy of a row of the running batch."""

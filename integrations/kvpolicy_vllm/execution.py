@@ -18,6 +18,9 @@ from kvpolicy_vllm.kernel import Kernel
 from kvpolicy_vllm.pages import Cells, Pages, put_rows, rows_of
 from kvpolicy_vllm.plan import Decision, InPlace, Row, Walk
 
+_MAX_LOGITS = 1 << 22
+"""Query-key products held at once while attention is recorded."""
+
 
 class LayerBatch(NamedTuple):
     """A batch's tensors in one layer.
@@ -193,6 +196,50 @@ def _store(part: Walk, slots: Slots, pages: Pages) -> None:
     )
     put_rows(pages.positions, part.blocks, slots.positions.int())
     put_rows(pages.accumulated, part.blocks, slots.accumulated)
+
+
+def log_sum_exp(
+    query: Tensor,
+    pages: Pages,
+    blocks: Tensor,
+    kv_heads: list[int],
+    *,
+    seen: int,
+    scale: float,
+) -> Tensor:
+    """Logarithm of the softmax's denominator over the full cache of one request.
+
+    The request's tokens were already appended, and none was ever evicted, so that slots are
+    positions.
+
+    Args:
+        query: [Q, H, D] of the tokens at positions `seen`, `seen` + 1, ..., with the query heads
+            of `kv_heads` only.
+        pages: The layer's pages.
+        blocks: The request's blocks, at least those of its tokens.
+        kv_heads: KV heads to look at.
+        seen: Position of the first query.
+        scale: Factor on query-key products.
+
+    Returns:
+        [Q, H] float32.
+    """
+    num_queries = len(query)
+    num_slots = seen + num_queries
+    held = blocks[None, : -(-num_slots // pages.block_size)]
+    keys = pages.read_keys_transposed(held)[0, :, kv_heads].float()  # [n, H_kv, D, P]
+    keys = keys.permute(1, 2, 0, 3).flatten(2)[..., :num_slots]  # [H_kv, D, S]
+    rows = (query.float() * scale).unflatten(1, (len(keys), -1))  # [Q, H_kv, G, D]
+    # A prompt's logits would not fit into memory at once.
+    step = max(1, _MAX_LOGITS // (query.shape[1] * num_slots))
+    parts: list[Tensor] = []
+    for first in range(0, num_queries, step):
+        part = rows[first : first + step].permute(1, 2, 0, 3)  # [H_kv, G, q, D]
+        last = seen + first + part.shape[2]  # slots that the part's last query sees
+        logits = (part.flatten(1, 2) @ keys[..., :last]).unflatten(1, part.shape[1:3])
+        hidden = torch.ones(part.shape[2], last, dtype=torch.bool).triu(last - part.shape[2] + 1)
+        parts.append(logits.masked_fill_(hidden, -torch.inf).logsumexp(dim=-1))  # [H_kv, G, q]
+    return torch.cat(parts, dim=2).permute(2, 0, 1).flatten(1)
 
 
 def _post_time(rows: list[Row], seconds: float) -> None:

@@ -7,13 +7,25 @@ engine from Python or the command line leaves the policy here. Worker processes 
 from kvpolicy import CachePolicy
 
 _server: list[CachePolicy] = []
+_recorded: list[bool] = []
 
 
-def announce(policy: CachePolicy) -> None:
-    """Remember the policy of the engine that this process is about to start."""
+def announce(policy: CachePolicy, *, is_recorded: bool = False) -> None:
+    """Remember the policy of the engine that this process is about to start.
+
+    Args:
+        policy: The policy.
+        is_recorded: Whether the engine records requests.
+    """
     _server[:] = [policy]
+    _recorded[:] = [is_recorded]
 
 
 def server_policy() -> CachePolicy | None:
     """The policy announced last, if any."""
     return _server[0] if _server else None
+
+
+def server_records() -> bool:
+    """Whether the engine announced last records requests."""
+    return bool(_recorded and _recorded[0])

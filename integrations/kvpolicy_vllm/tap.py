@@ -24,25 +24,39 @@ class RequestPolicies(LogitsProcessor, SecondRunnersLogitsProcessor):
 
     @classmethod
     def validate_params(cls, sampling_params: "SamplingParams") -> None:
-        """Refuse a bad per-request policy where the request enters (HTTP 400).
+        """Refuse a bad per-request policy or capture where the request enters (HTTP 400).
 
         Raises:
             PolicyError: The spec is wrong, an import path, does not fit the server's policy, or
-                there is none.
+                there is none; or the request asks to be recorded where it cannot be.
         """
         from kvpolicy import PolicyError
-        from kvpolicy_vllm.config import KEY, check_request, request_policy
-        from kvpolicy_vllm.frontend import server_policy
+        from kvpolicy_vllm.config import (
+            CAPTURE_KEY,
+            KEY,
+            check_capture,
+            check_request,
+            request_capture,
+            request_policy,
+        )
+        from kvpolicy_vllm.frontend import server_policy, server_records
 
         policy, server = request_policy(sampling_params), server_policy()
-        if policy is None:
-            return
-        if server is None:
-            raise PolicyError(
-                f"{KEY} of a request needs a server that was started with "
-                "kvpolicy_vllm.engine_args(SPEC) or --kv-policy SPEC"
-            )
-        check_request(policy, server)
+        wants_capture = request_capture(sampling_params)
+        if policy is not None:
+            if server is None:
+                raise PolicyError(
+                    f"{KEY} of a request needs a server that was started with "
+                    "kvpolicy_vllm.engine_args(SPEC) or --kv-policy SPEC"
+                )
+            check_request(policy, server)
+        if wants_capture:
+            if server is None or not server_records():
+                raise PolicyError(
+                    f"{CAPTURE_KEY} of a request needs a server that was started with "
+                    "engine_args(SPEC, capture=...) or --kv-policy-capture DIRECTORY"
+                )
+            check_capture(policy or server)
 
     def __init__(self, vllm_config: "VllmConfig", *_: Any) -> None:
         """Begin this engine; the model, and with it the attention backend, comes later."""

@@ -1,13 +1,16 @@
 """vLLM's CPU worker with a ledger: it knows requests by id and when they finish."""
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from kvpolicy_vllm.book import external_id
-from kvpolicy_vllm.config import check_engine, configured_policy
+from kvpolicy_vllm.config import check_engine, configured_capture, configured_policy
 from kvpolicy_vllm.dispatch import forget_choice
 from kvpolicy_vllm.engine import Engine
+from kvpolicy_vllm.header import header_of
+from kvpolicy_vllm.recorder import Recorder
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -22,6 +25,9 @@ class PolicyWorker(CPUWorker):
         policy = configured_policy(vllm_config)
         if policy is not None:
             check_engine(vllm_config, policy)
+            capture = configured_capture(vllm_config)
+            if capture is not None:
+                capture.make_directory()
         forget_choice()
         super().__init__(vllm_config, *args, **kwargs)
 
@@ -32,13 +38,32 @@ class PolicyWorker(CPUWorker):
         if engine is not None:
             engine.runner = self.model_runner
 
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """Load the model, and get ready to record what the configuration asks for."""
+        super().load_model(*args, **kwargs)
+        engine, capture = Engine.find(self.vllm_config), configured_capture(self.vllm_config)
+        if engine is not None and capture is not None:
+            header = header_of(engine.policy, capture, self.vllm_config, self.model_runner.model)
+            engine.recorder = Recorder(capture, header)
+
     def execute_model(self, scheduler_output: "SchedulerOutput") -> Any:
         """Close finished requests, whose blocks this step may overwrite, then run it."""
         engine = Engine.find(self.vllm_config)
         if engine is not None:
             engine.book.drop(scheduler_output.preempted_req_ids or ())
             engine.close(scheduler_output.finished_req_ids)
+            if engine.recorder is not None:
+                engine.recorder.finish(scheduler_output.finished_req_ids)
+            for new in scheduler_output.scheduled_new_reqs:
+                engine.meet(new.req_id, new.sampling_params)
         return super().execute_model(scheduler_output)
+
+    def shutdown(self) -> None:
+        """Complete the traces of requests that run no further."""
+        engine = Engine.find(self.vllm_config)
+        if engine is not None and engine.recorder is not None:
+            engine.recorder.close()
+        super().shutdown()
 
     def kvpolicy_ledger(self) -> dict[str, Any]:
         """Ledgers and totals of requests that are finished, or idle here.
@@ -59,3 +84,14 @@ class PolicyWorker(CPUWorker):
         else:
             states = engine.book.states.get(request_id, {})
         return states[layer].tolist() if layer in states else None
+
+    def kvpolicy_captures(self, running: Collection[str]) -> dict[str, list[str]]:
+        """Complete traces and what went wrong: ``{"finished": [path], "faults": [line]}``.
+
+        Args:
+            running: Internal ids of requests that are not finished. The scheduler announces the
+                end of the last requests only with the next step, the front end knows it before.
+        """
+        recorder = Engine.of(self.vllm_config).recorder
+        assert recorder is not None, "the front end knows whether there is one"
+        return recorder.report(running)
