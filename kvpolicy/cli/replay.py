@@ -94,11 +94,17 @@ def _replay(
     sequences = choose_sequences(trace, options.sequences)
     threads = options.threads or os.cpu_count() or 1
     expected = estimate(
-        trace.header, sequences, len(layers), policies, threads, outputs=not options.no_outputs
+        trace.header,
+        sequences,
+        len(layers),
+        policies,
+        threads,
+        outputs=not options.no_outputs,
+        oracle=options.oracle,
     )
     output.print(
         f"estimate: at most {size(expected.bytes)} of memory, about "
-        f"{max(1.0, expected.seconds):,.0f} s"
+        f"{max(1.0, expected.seconds):,.0f} s" + (" and the oracle's" if options.oracle else "")
     )
     if options.dry_run:
         return None

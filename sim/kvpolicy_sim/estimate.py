@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from time import perf_counter
 
 import torch
@@ -21,6 +22,9 @@ _FLOAT = 4
 
 _BUFFERS = 4
 """Arrays of a block's size that are alive at once: logits, weights, masks and temporaries."""
+
+_ALLOWANCE = 96 << 20
+"""Bytes for code that is loaded on the way, thread stacks, and what an allocator keeps."""
 
 _PASSES = 6
 """Passes over a block's weights, in units of one exponential: its own, and the walk's."""
@@ -47,11 +51,17 @@ def estimate(
     threads: int,
     *,
     outputs: bool = True,
+    oracle: bool = False,
 ) -> Estimate:
-    """Estimate a replay of some layers of some sequences."""
+    """Estimate a replay of some layers of some sequences; the time is without the oracle's."""
+    if any(map(is_compiled, policies)):
+        from kvpolicy_sim import kernels
+
+        kernels.prepare()
     longest = max(sequence.tokens for sequence in sequences)
     at_once = min(threads, num_layers * len(sequences))
     working = _layer_bytes(header, longest, outputs) + _block_bytes(header, longest, policies)
+    working += _oracle_bytes(longest, policies) if oracle else 0
     results = sum(
         _result_bytes(header, sequence.tokens) * num_layers * len(policies)
         for sequence in sequences
@@ -60,7 +70,7 @@ def estimate(
     results += results // len(policies)
     work = sum(_work(header, s.tokens, p, outputs) for s in sequences for p in policies)
     seconds = work * num_layers / min(threads, num_layers * len(sequences))
-    return Estimate(_resident_bytes() + at_once * working + results, seconds)
+    return Estimate(_resident_bytes() + _ALLOWANCE + at_once * working + results, seconds)
 
 
 def _layer_bytes(header: Header, tokens: int, outputs: bool) -> int:
@@ -86,6 +96,16 @@ def _heads_together(header: Header, policy: CachePolicy) -> int:
     """Query heads that a lane of the policy takes at once."""
     is_whole = not is_compiled(policy) or getattr(policy, "scope_is_layer", False)
     return header.group * (len(header.kv_heads) if is_whole else 1)
+
+
+def _oracle_bytes(tokens: int, policies: Sequence[CachePolicy]) -> int:
+    """Every pair of an eviction and a token that it may take, for every law, and as much again.
+
+    The laws of a unit are held together; solving one takes at most about its own size.
+    """
+    laws = {policy.occupancy for policy in policies if policy.occupancy.evicted(tokens)}
+    pairs = [tokens * tokens // (2 * law.interval) for law in laws]
+    return 8 * (sum(pairs) + max(pairs, default=0))
 
 
 def _result_bytes(header: Header, tokens: int) -> int:
@@ -140,6 +160,9 @@ def _timed(run: Callable[[], object]) -> float:
 
 
 def _resident_bytes() -> int:
-    """Most memory that this process has held so far."""
+    """Memory that this process holds; where that is not told, the most it has held so far."""
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text("ascii").split()[1]) * resource.getpagesize()
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
