@@ -568,6 +568,17 @@ def acausal(module, query, key, value, attention_mask, **kwargs):
     return (weights @ value).transpose(1, 2), None
 
 
+def forgetful(module, query, key, value, attention_mask, **kwargs):
+    """Attention that forgets what is far away although no mask says so."""
+    distance = torch.arange(query.shape[2])[:, None] - torch.arange(key.shape[2])
+    seen = (distance >= 0) & (distance < 8)
+    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
+    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    logits = query @ key.transpose(-1, -2) * kwargs["scaling"]
+    weights = logits.masked_fill(~seen, -math.inf).softmax(-1)
+    return (weights @ value).transpose(1, 2), None
+
+
 def windowed_mask(**kwargs):
     """A mask that hides distant tokens."""
     mask = sdpa_mask(**{**kwargs, "allow_is_causal_skip": False})
@@ -585,6 +596,7 @@ def biased_mask(**kwargs):
     [
         (capped, sdpa_mask, "differ by"),
         (acausal, lambda **_: None, "differ by"),
+        (forgetful, lambda **_: None, "differ by"),
         (sdpa_attention_forward, windowed_mask, "masks more than the future"),
         (sdpa_attention_forward, biased_mask, "masks more than the future"),
     ],
