@@ -81,10 +81,15 @@ class PolicyResult:
         """Time taken, summed over threads."""
         return sum(outcome.seconds for outcome in self.outcomes.values())
 
+    @property
+    def _uncounted(self) -> int:
+        """First steps that do not count: the budget, or none if no sequence goes beyond it."""
+        budget = self.budget or 0
+        return budget if any(x.tokens > budget for x in self.sequences.values()) else 0
+
     def is_counted(self, steps: np.ndarray) -> np.ndarray:
         """Which steps count, given as tokens seen: those beyond the budget, or all if none is."""
-        counted = steps > (self.budget or 0)
-        return counted if counted.any() else np.ones_like(counted)
+        return steps > self._uncounted
 
     def counted_rows(self, sequence: int) -> np.ndarray:
         """Which rows of a sequence count; [r] bool."""
@@ -104,6 +109,7 @@ class PolicyResult:
         ``interval`` is the 95 % bootstrap interval of the mean over sequences, None of one.
         """
         parts = [self.masses(sequence).ravel() for sequence in self.sequences]
+        parts = [part for part in parts if part.size]
         means = [float(part.mean(dtype=np.float64)) for part in parts]
         joined = np.concatenate(parts) if len(parts) > 1 else parts[0]
         return {

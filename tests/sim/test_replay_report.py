@@ -72,6 +72,16 @@ def test_a_budget_that_holds_everything_counts_all_steps(path):
     assert report.result("h2o:budget=500").retained_mass["mean"] == pytest.approx(1, abs=1e-6)
 
 
+def test_sequences_within_the_budget_do_not_flatter(tmp_path):
+    """Where one sequence goes beyond the budget, another that does not has no step that counts."""
+    spec, sequences = "window:budget=64", [random_layers(Shape(tokens=n)) for n in (100, 37)]
+    path = write_trace(tmp_path / "t.kvtrace", *sequences, header=header_of(SHAPE))
+    both, alone = (kvpolicy_sim.replay(path, [spec], sequences=s).result(spec) for s in (None, [0]))
+    assert both.retained_mass == alone.retained_mass
+    assert both.head_mass.tolist() == alone.head_mass.tolist()
+    assert both.output_error == alone.output_error
+
+
 def test_bytes_cover_keys_values_and_state(report):
     """bytes_kept is K and V of the slots held, and 8 bytes of state per evictable slot."""
     full, window, _ = report.as_dict()["results"]
