@@ -83,8 +83,8 @@ def require_complete(
         rows, needed = rows_of(kind, sequence.index, layer), header.num_rows(kind, tokens)
         if rows != needed and (rows or kind in REQUIRED):
             raise TraceError(
-                f"{name_stream(kind, sequence.index, layer)} has {rows} rows; {tokens} tokens, as "
-                f"k of layer {header.layers[0]} has them, need {needed}"
+                f"{name_stream(kind, sequence.index, layer)} has {rows} rows; {tokens} tokens "
+                f"need {needed}"
             )
 
 

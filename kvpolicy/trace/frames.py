@@ -106,6 +106,9 @@ class Chunk:
         return f"{stream}, rows {self.start}:{self.start + self.count}"
 
 
+_CHUNK_ITEMS, _SEQUENCE_ITEMS = len(fields(Chunk)), len(fields(Sequence))
+
+
 class Frame(NamedTuple):
     """A frame's tag and meta, and the offset of the page behind the meta."""
 
@@ -213,8 +216,8 @@ def checked_chunk(found: Any, header: Header) -> Chunk:
     Raises:
         TraceError: It is malformed or contradicts the header.
     """
-    if not isinstance(found, list) or len(found) != len(fields(Chunk)):
-        raise TraceError(f"a chunk must be a list of {len(fields(Chunk))} items")
+    if not isinstance(found, list) or len(found) != _CHUNK_ITEMS:
+        raise TraceError(f"a chunk must be a list of {_CHUNK_ITEMS} items")
     chunk = Chunk(*found)
     if not isinstance(chunk.kind, str) or chunk.kind not in (*KINDS, TOKENS):
         raise TraceError(f"a chunk's kind must be one of {', '.join((*KINDS, TOKENS))}")
@@ -302,10 +305,10 @@ def read_index(meta: Buffer, header: Header, *, most: int) -> Index:
         is_sequence = len(found.sequences) < num_sequences
         if len(record) > MAX_RECORD[SEQUENCE if is_sequence else CHUNK]:
             raise TraceError(f"the index has an entry of {len(record)} bytes")
-        entry = unpack(record, "index")
+        entry = unpack(record, "index", is_whole=True)
         if is_sequence:
-            if not isinstance(entry, list) or len(entry) != len(fields(Sequence)):
-                raise TraceError(f"a sequence must be a list of {len(fields(Sequence))} items")
+            if not isinstance(entry, list) or len(entry) != _SEQUENCE_ITEMS:
+                raise TraceError(f"a sequence must be a list of {_SEQUENCE_ITEMS} items")
             found.sequences.append(checked_sequence(Sequence(*entry)))
         elif len(found.chunks) < num_chunks:
             found.chunks.append(checked_chunk(entry, header))
@@ -346,17 +349,23 @@ def _pack(record: Any) -> bytes:
     return packed
 
 
-def unpack(data: Buffer, what: str) -> Any:
+def unpack(data: Buffer, what: str, *, is_whole: bool = False) -> Any:
     """Unpack one msgpack object and nothing behind it.
+
+    Args:
+        data: The object.
+        what: What it is a part of.
+        is_whole: Whether all that it says it holds is known to be there.
 
     Raises:
         TraceError: It is not complete, or contains what traces do not contain.
     """
     with _refusals(what):
-        # Unpacking reserves memory for what an array says that it holds: skip over it first.
-        unpacker = msgpack.Unpacker(max_buffer_size=max(len(data), 1))
-        unpacker.feed(data)
-        unpacker.skip()
+        if not is_whole:
+            # Unpacking reserves memory for what an array says that it holds: skip over it first.
+            unpacker = msgpack.Unpacker(max_buffer_size=max(len(data), 1))
+            unpacker.feed(data)
+            unpacker.skip()
         return msgpack.unpackb(
             data,
             raw=False,

@@ -40,6 +40,8 @@ class Mapping:
                 flags=mmap.MAP_PRIVATE | _NO_RESERVE,
                 prot=mmap.PROT_READ | mmap.PROT_WRITE,
             )
+        except ValueError as error:
+            raise TraceError(f"{path}: its size changes while it is opened") from error
         finally:
             os.close(file)
         # A view keeps the map alive, which torch does for the object that it is given only.

@@ -54,9 +54,9 @@ class Trace:
         try:
             return cls(path, mapping, read_contents(mapping.data))
         except IndexMissingError as error:
-            found = len(scan(mapping.data).chunks)
+            found = len(scan(mapping.data, is_stubborn=False).chunks)
             raise TraceError(
-                f"{path}: {error}; up to {found} complete chunks can be recovered with: "
+                f"{path}: {error}; {found} complete chunks can be recovered with: "
                 f"kvpolicy inspect {path} --repair OUT"
             ) from error
         except TraceError as error:

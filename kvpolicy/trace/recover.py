@@ -10,7 +10,7 @@ from typing import NamedTuple
 from kvpolicy.errors import TraceError
 from kvpolicy.trace.contents import Contents, num_rows, read_contents
 from kvpolicy.trace.frames import CHUNK_ROWS, Buffer, Chunk, Stream
-from kvpolicy.trace.header import REQUIRED, Header, Sequence, name_stream
+from kvpolicy.trace.header import MAX_NUMBER, REQUIRED, Header, Sequence, name_stream
 from kvpolicy.trace.mapping import Mapping
 from kvpolicy.trace.reader import Trace
 from kvpolicy.trace.scan import scan
@@ -44,9 +44,10 @@ def repair(path: str | Path, target: str | Path, advance: Advance = lambda _: No
     """Write a new trace of everything that is intact in a damaged one.
 
     Of each stream (kind, sequence, layer) the intact chunks from the beginning count; a sequence
-    gets as many tokens as all its layers have of q, k and v. Where lse or out of a layer lags
-    behind by more than a chunk, it is left out of that layer; otherwise tokens are cut to it.
-    Sequences of which nothing is left are dropped and the others numbered anew.
+    gets as many tokens as all its layers have of q, k and v. Where a trace has no index and lse,
+    out or ids lag behind by no more than a chunk, tokens are cut to them, too; otherwise what is
+    not complete of these is left out. Sequences of which nothing is left are dropped and the
+    others numbered anew.
 
     Args:
         path: The damaged trace; it is not changed.
@@ -122,12 +123,14 @@ class _Found(NamedTuple):
         packed_header: The header as it is stored.
         sequences: By index; with tokens if the index is right, otherwise with 0.
         chunks: Complete chunks.
+        is_indexed: Whether they are from the index.
     """
 
     header: Header
     packed_header: bytes
     sequences: dict[int, Sequence]
     chunks: list[Chunk]
+    is_indexed: bool
 
 
 def _find(data: Buffer) -> _Found:
@@ -141,10 +144,10 @@ def _find(data: Buffer) -> _Found:
     except TraceError:
         scanned = scan(data)
         announced = {sequence.index: sequence for sequence in reversed(scanned.sequences)}
-        return _Found(scanned.header, scanned.packed_header, announced, scanned.chunks)
+        return _Found(scanned.header, scanned.packed_header, announced, scanned.chunks, False)
     chunks = [chunk for stream in contents.streams.values() for chunk in stream]
     known = {sequence.index: sequence for sequence in contents.sequences}
-    return _Found(contents.header, contents.packed_header, known, chunks)
+    return _Found(contents.header, contents.packed_header, known, chunks, True)
 
 
 def _intact(
@@ -184,22 +187,22 @@ def _saved_tokens(
 ) -> int:
     """Tokens of a sequence that every layer has completely."""
     header, known = found.header, found.sequences.get(index)
-
-    def covered(kind: str, layer: int | None) -> int:
-        return header.num_tokens(kind, num_rows(runs.get((kind, index, layer), ())))
-
-    tokens = min(covered(kind, layer) for kind, layer in header.streams() if kind in REQUIRED)
-    tokens = min(tokens, known.tokens) if known and known.tokens else tokens
-    least = tokens - CHUNK_ROWS * header.query_stride
-    optional = [(kind, layer) for kind, layer in header.streams() if kind not in REQUIRED]
-    present = {at: covered(*at) for at in optional if covered(*at)}
-    kept = [tokens, *(count for count in present.values() if count >= least)]
-    dropped = [at for at, count in present.items() if count < least]
-    lost += [f"{name_stream(kind, index, layer)}: there is too little" for kind, layer in dropped]
-    if not tokens:
-        lost.append(f"sequence {index}: no chunk of q, k and v in every layer")
-        return 0
-    tokens = min(kept)
+    tokens = MAX_NUMBER
+    optional: dict[tuple[str, int | None], int] = {}
+    for kind, layer in header.streams():
+        covered = header.num_tokens(kind, num_rows(runs.get((kind, index, layer), ())))
+        if kind not in REQUIRED:
+            optional[kind, layer] = covered
+            continue
+        tokens = min(tokens, covered)
+        if not tokens:
+            lost.append(f"sequence {index}: no chunk of q, k and v in every layer")
+            return 0
+    # Without an index, what is optional may lag behind; with one, it is damaged.
+    least = tokens - (0 if found.is_indexed else CHUNK_ROWS * header.query_stride)
+    dropped = [at for at, covered in optional.items() if 0 < covered < least]
+    lost += [f"{name_stream(kind, index, layer)}: the rest of it" for kind, layer in dropped]
+    tokens = min([tokens, *(n for n in optional.values() if n and n >= least)])
     if known and known.tokens > tokens:
         lost.append(f"sequence {index}: tokens {tokens}:{known.tokens}")
     return tokens

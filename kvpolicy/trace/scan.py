@@ -35,8 +35,12 @@ class Scan(NamedTuple):
     chunks: list[Chunk]
 
 
-def scan(data: Buffer) -> Scan:
+def scan(data: Buffer, *, is_stubborn: bool = True) -> Scan:
     """Walk from frame to frame; behind a damaged one, from page to page up to the next.
+
+    Args:
+        data: The file.
+        is_stubborn: Go on behind a damaged frame, however far the next one is.
 
     Raises:
         TraceError: The header cannot be read, without which nothing can.
@@ -46,6 +50,8 @@ def scan(data: Buffer) -> Scan:
     offset = padded(PREAMBLE.size + len(packed))
     while offset < len(data):
         end = _take(data, offset, found)
+        if end is None and not is_stubborn:
+            break
         offset = offset + PAGE if end is None else end
     return found
 

@@ -115,15 +115,22 @@ class Draft:
     index: list[Any] = field(default_factory=list)
     offset: int | None = None
 
+    @property
+    def index_offset(self) -> int:
+        """Where the index begins."""
+        return len(self._frames())
+
     def build(self) -> bytes:
         """Put the pieces together, with right checksums."""
-        data = struct.pack("<8sII", MAGIC, len(self.header), zlib.crc32(self.header)) + self.header
-        data = padded(data)
-        for frame in self.frames:
-            data += self.frame(frame)
+        data = self._frames()
         index = b"".join(x if isinstance(x, bytes) else msgpack.packb(x) for x in self.index)
         offset = len(data) if self.offset is None else self.offset
         return data + self.frame(Frame(b"INDX", index)) + struct.pack("<Q", offset) + END
+
+    def _frames(self) -> bytes:
+        """Everything before the index."""
+        data = struct.pack("<8sII", MAGIC, len(self.header), zlib.crc32(self.header)) + self.header
+        return padded(data) + b"".join(map(self.frame, self.frames))
 
     def frame(self, frame: Frame) -> bytes:
         """A frame's bytes, padded, with its payload."""

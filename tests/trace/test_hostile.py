@@ -3,9 +3,11 @@
 Nothing else may be raised, no memory reserved on a file's word, and no time lost.
 """
 
+import os
 import resource
 import time
 import tracemalloc
+import zlib
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import kvpolicy.trace.frames
 from fixtures.mutations import ACCIDENTS, FORGERIES, RAW, Mutation
 from fixtures.small_traces import (
     Stream,
@@ -31,10 +34,11 @@ from fixtures.small_traces import (
 from kvpolicy import TraceError
 from kvpolicy.trace import Header, Sequence, Trace
 from kvpolicy.trace.recover import salvage
-from oracles.trace_format import Frame, take_apart
+from oracles.trace_format import PAGE, Draft, Frame, take_apart
 
 HEADER = small_header(dtype="bfloat16", query_stride=2, layers=(1,), head_dim=4)
 LENGTHS = (515, 3)
+KINDS = ("q", "k", "v", "lse", "tokens")
 MARKS = (("a", 0, 2),)
 
 Everything = tuple[Header, tuple[Sequence, ...], dict[Stream, Tensor]]
@@ -44,7 +48,7 @@ Everything = tuple[Header, tuple[Sequence, ...], dict[Stream, Tensor]]
 def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, Everything]:
     """A small trace, as bytes and as what it says."""
     path = tmp_path_factory.mktemp("original") / "t.kvtrace"
-    write_streams(path, HEADER, random_streams(HEADER, LENGTHS), marks=MARKS)
+    write_streams(path, HEADER, random_streams(HEADER, LENGTHS, KINDS), marks=MARKS)
     return path.read_bytes(), everything(path)
 
 
@@ -66,17 +70,19 @@ def everything(path: Path) -> Everything:
 
 
 def attempt(path: Path, broken: bytes) -> tuple[Everything | None, Everything | None]:
-    """What a broken trace says, and what a repair of it would; None where it is refused."""
+    """What a broken trace says, or else what a repair of it would; None for what is refused."""
+    # A new file: some systems flush one that is overwritten.
+    path.unlink(missing_ok=True)
     path.write_bytes(broken)
     try:
-        read = everything(path)
+        return everything(path), None
     except TraceError:
-        read = None
+        pass
     try:
         saved = salvage(path).trace
-        return read, (saved.header, saved.sequences, read_streams(saved))
+        return None, (saved.header, saved.sequences, read_streams(saved))
     except TraceError:
-        return read, None
+        return None, None
 
 
 def check_accident(broken: bytes, path: Path, original: tuple[bytes, Everything]) -> str:
@@ -151,7 +157,7 @@ def test_a_hundred_thousand_broken_traces(
     path: Path, original: tuple[bytes, Everything], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The same at length, with what came of it; memory stays where it was."""
-    random, counts, began = Random(0), Counter[str](), time.monotonic()
+    random, counts, began = Random(0), Counter[str](), time.process_time()
     mutations = ACCIDENTS + FORGERIES
     for number in range(100_000):
         mutation = mutations[number % len(mutations)]
@@ -160,11 +166,13 @@ def test_a_hundred_thousand_broken_traces(
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     with capsys.disabled():
-        print(f"\n{counts.total()} broken traces in {time.monotonic() - began:.0f} s")
+        print(
+            f"\n{counts.total()} broken traces in {time.process_time() - began:.0f} s of CPU time"
+        )
         for what, count in sorted(counts.items()):
             print(f"  {count:6}  {what}")
         print(f"  peak memory grew by {grown / 1024:.1f} MiB after the first 5000")
-    assert grown < 64 * 1024
+    assert grown < 8 * 1024
 
 
 def test_mutations_reach_every_outcome(path: Path, original: tuple[bytes, Everything]) -> None:
@@ -231,18 +239,50 @@ def test_no_memory_is_reserved_on_a_files_word(
 
 
 def test_damage_does_not_make_a_scan_quadratic(
-    path: Path, original: tuple[bytes, Everything]
+    path: Path, original: tuple[bytes, Everything], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Pages that all begin like long frames are passed over in linear time."""
     draft = take_apart(original[0])
-    head = draft.build()[:4096]
-    page = (b"SEQN" + (65_536).to_bytes(4, "little") + b"crc!").ljust(4096, b"\0")
-    index = (b"INDX" + (1 << 23).to_bytes(4, "little") + b"crc!").ljust(4096, b"\0")
-    path.write_bytes(head + page * 4000 + index * 4000)
-    began = time.monotonic()
-    with pytest.raises(TraceError, match="up to 0 complete chunks"):
+    head = draft.build()[:PAGE]
+    page = (b"SEQN" + (65_536).to_bytes(4, "little") + b"crc!").ljust(PAGE, b"\0")
+    index = (b"INDX" + (1 << 23).to_bytes(4, "little") + b"crc!").ljust(PAGE, b"\0")
+    path.write_bytes(head + page * 2000 + index * 4000)
+    crc32, checked = zlib.crc32, 0
+
+    def count(data: bytes, crc: int = 0) -> int:
+        nonlocal checked
+        checked += len(data)
+        return crc32(data[:PAGE], crc)
+
+    monkeypatch.setattr(kvpolicy.trace.frames.zlib, "crc32", count)
+    with pytest.raises(TraceError, match="; 0 complete chunks"):
         Trace.open(path)
-    assert time.monotonic() - began < 10
+    with pytest.raises(TraceError, match="of 0 complete chunks"):
+        salvage(path)
+    assert checked < 20 * path.stat().st_size
+
+
+def test_opening_does_not_search_a_hole(path: Path, original: tuple[bytes, Everything]) -> None:
+    """A file that claims 64 GiB and has one page is refused at once."""
+    path.write_bytes(original[0][:PAGE])
+    os.truncate(path, 1 << 36)
+    began = time.monotonic()
+    with pytest.raises(TraceError, match="; 0 complete chunks"):
+        Trace.open(path)
+    assert time.monotonic() - began < 5
+    path.unlink()
+
+
+def test_empty_sequences_cost_no_time(path: Path) -> None:
+    """Thousands of announcements under a header of thousands of layers are passed over."""
+    header = small_header(num_layers=4096, layers=tuple(range(4096)))
+    draft = Draft(msgpack.packb(header.as_dict()), [])
+    draft.frames = [Frame(b"SEQN", msgpack.packb([n, 1, "", []])) for n in range(3000)]
+    path.write_bytes(draft.build()[:-16])
+    began = time.monotonic()
+    with pytest.raises(TraceError, match="of 0 complete chunks"):
+        salvage(path)
+    assert time.monotonic() - began < 5
 
 
 def test_a_trace_inside_a_payload_is_not_found(

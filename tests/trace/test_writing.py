@@ -221,6 +221,19 @@ def test_rows_that_do_not_fit_are_refused(path: Path, arguments: Any, message: s
         assert same(read_streams(trace), streams)
 
 
+def test_rows_come_in_order(path: Path) -> None:
+    """A portion that comes twice, or too early, is refused."""
+    header = small_header()
+    with TraceWriter(path, header) as writer:
+        writer.begin(prompt_len=1)
+        writer.append(0, 0, "k", 0, rows_of(header, "k", 5))
+        for start in (0, 4, 6):
+            with pytest.raises(TraceError, match=f"start at 5, got start={start}"):
+                writer.append(0, 0, "k", start, rows_of(header, "k", 5))
+        writer.append(0, 0, "k", 5, rows_of(header, "k", 5))
+        writer.discard()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
