@@ -6,18 +6,20 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 	&& { echo $$python; break; }; done)
 VENV := .venv
 BIN := $(VENV)/bin
+BENCH_VENV := .venv-bench
 PYTEST_ARGS ?=
 
 # Offline, no telemetry, one torch thread, and a KV pool that fits a small machine.
 OFFLINE := HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_CPU_KVCACHE_SPACE=$${VLLM_CPU_KVCACHE_SPACE:-1}
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 # --no-compile: Python compiles what is imported when it is imported; the rest never needs it.
-PIP_INSTALL := $(PIP) install --no-compile --no-input
+PIP_OPTIONS := --disable-pip-version-check -qq install --no-compile --no-input
+PIP_INSTALL := $(BIN)/python -m pip $(PIP_OPTIONS)
+BENCH_PIP_INSTALL := $(BENCH_VENV)/bin/python -m pip $(PIP_OPTIONS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint format bench clean
+.PHONY: help install demo test test-slow lint format bench bench-env clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -43,13 +45,15 @@ format: $(VENV)/.installed ## let ruff sort imports, mend what it can and format
 	@$(BIN)/ruff format
 
 bench: $(VENV)/.installed ## run the benchmarks
-	@if [ -d tests/bench ]; then \
-		$(OFFLINE) $(BIN)/python -m pytest tests/bench -m bench $(PYTEST_ARGS); \
-	else echo "no benchmarks yet: tests/bench does not exist"; fi
+	@$(MAKE) --no-print-directory bench-env || echo "without kvpress, whose benchmark is skipped"
+	@$(OFFLINE) $(BIN)/python -m pytest tests/bench -m bench $(PYTEST_ARGS)
 
-clean: ## remove caches and build results; .venv stays
+bench-env: $(BENCH_VENV)/.installed ## build .venv-bench: kvpress, for one of the benchmarks
+	@:
+
+clean: ## remove caches and build results; the environments stay
 	rm -rf dist build .pytest_cache .ruff_cache .hypothesis
-	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -name '.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- the environment, in three stamped steps --------------------------------------------------
 
@@ -73,3 +77,14 @@ $(VENV)/.installed: pyproject.toml $(VENV)/.requirements
 	@$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
 	@touch $@
 	@echo "done: $(BIN)/kvpolicy --help"
+
+# kvpress cannot live in .venv: it asks for an older transformers.
+$(BENCH_VENV)/.installed: tests/bench/requirements-kvpress.txt
+	@[ -n "$(PYTHON)" ] || { \
+		echo "kvpress needs Python 3.11, 3.12 or 3.13; set PYTHON=/path/to/python" >&2; exit 1; }
+	@echo "building $(BENCH_VENV): kvpress and what it imports (about 1.2 GB, a few minutes)"
+	@[ -x $(BENCH_VENV)/bin/python ] || $(PYTHON) -m venv $(BENCH_VENV) || { \
+		rm -rf $(BENCH_VENV); exit 1; }
+	@$(BENCH_PIP_INSTALL) --no-deps -r $<
+	@$(BENCH_PIP_INSTALL) "$$(grep '^torch==' $<)"
+	@touch $@

@@ -57,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output has gone; keep the interpreter from writing to it again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except UnicodeDecodeError as error:
+        print(f"kvpolicy: error: a text is not UTF-8: {one_line(error)}", file=sys.stderr)
+        return USAGE
     except (KVPolicyError, OSError) as error:
         print(f"kvpolicy: error: {one_line(error)}", file=sys.stderr)
         return USAGE if isinstance(error, PolicyError | OSError) else FAILED

@@ -72,8 +72,11 @@ def indices(text: str) -> list[int]:
     found: list[int] = []
     for part in text.split(","):
         first, colon, last = part.partition(":")
-        numbers = range(int(first), int(last)) if colon else (int(first),)
-        if not numbers or numbers[0] < 0 or len(numbers) > _MAX_INDICES:
+        try:
+            numbers = range(int(first), int(last) if colon else int(first) + 1)
+        except ValueError:
+            numbers = range(0)
+        if not 0 < len(numbers) <= _MAX_INDICES or numbers[0] < 0:
             raise argparse.ArgumentTypeError(f"{part!r} is no index or range such as 4:8")
         found.extend(numbers)
     return found

@@ -50,6 +50,7 @@ def run(arguments: Sequence[str]) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     require("transformers")
+    output = Output(options.json, inputs=[options.text], others=[options.out])
     text = heldout_text() if options.text is None else Path(options.text).read_text("utf-8")
     checkpoint = _load(options)
     try:
@@ -57,7 +58,7 @@ def run(arguments: Sequence[str]) -> int:
     except ValueError as error:
         parser.error(str(error))
     try:
-        _capture(options, checkpoint, texts, Output(options.json))
+        _capture(options, checkpoint, texts, output)
     except KeyboardInterrupt:
         part = Path(f"{options.out}.part")
         if part.exists():

@@ -31,7 +31,7 @@ def run(arguments: Sequence[str]) -> int:
     policies = with_baselines(options.policy)
     require("transformers")
     text = heldout_text() if options.text is None else Path(options.text).read_text("utf-8")
-    output = Output(options.json)
+    output = Output(options.json, inputs=[options.text])
     checkpoint = _load(options)
     task = _passkey if options.task == "passkey" else _perplexity
     try:

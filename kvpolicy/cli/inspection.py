@@ -11,7 +11,7 @@ from rich.text import Text
 
 from kvpolicy.cli import FAILED
 from kvpolicy.cli.arguments import command_parser
-from kvpolicy.cli.output import Advance, Output, size, table
+from kvpolicy.cli.output import Advance, Output, count, ranges, size, table
 from kvpolicy.errors import TraceError
 
 if TYPE_CHECKING:
@@ -36,7 +36,11 @@ def run(arguments: Sequence[str]) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     selection = _selection(parser, options)
-    output = Output(options.json)
+    output = Output(
+        options.json,
+        inputs=[options.trace],
+        others=[options.out, options.export, options.repair],
+    )
     if options.repair is not None:
         return _repair(options, output)
     from kvpolicy.trace import Trace
@@ -126,11 +130,6 @@ def _selection(parser: argparse.ArgumentParser, options: argparse.Namespace) -> 
     for name in ("verify", "slice", "export"):
         if options.repair is not None and getattr(options, name):
             parser.error(f"--repair writes a new trace; use --{name} on that one")
-    targets = [Path(x) for x in (options.out, options.export, options.repair) if x is not None]
-    source = Path(options.trace)
-    for target in targets:
-        if source.exists() and target.exists() and target.samefile(source):
-            parser.error(f"{target} is the trace itself; write another file")
     from kvpolicy.trace.slice import Selection
 
     with _usage(parser):
@@ -154,8 +153,8 @@ def _verify(trace: "Trace", output: Output, result: dict[str, Any]) -> None:
     if not damage:
         output.print("\nEvery checksum matches.")
         return
-    result["error"] = f"damaged in {_count(len(damage), 'place')}"
-    output.print(f"\nDamaged in {_count(len(damage), 'place')}:")
+    result["error"] = f"damaged in {count(len(damage), 'place')}"
+    output.print(f"\nDamaged in {count(len(damage), 'place')}:")
     _print_lines(output, damage)
     output.print(
         Text(f"What is intact can be recovered: kvpolicy inspect {trace.path} --repair OUT")
@@ -194,8 +193,8 @@ def _repair(options: argparse.Namespace, output: Output) -> int:
     tokens = sum(sequence.tokens for sequence in saved.trace.sequences)
     output.print(
         Text(
-            f"Wrote {options.repair}: {_count(len(saved.numbers), 'sequence')}, "
-            f"{_count(tokens, 'token')}.\n"
+            f"Wrote {options.repair}: {count(len(saved.numbers), 'sequence')}, "
+            f"{count(tokens, 'token')}.\n"
             f"Of {saved.num_chunks} complete chunks {saved.num_intact} are intact, "
             f"{saved.num_used} were used."
         )
@@ -247,8 +246,8 @@ def _print(trace: "Trace", output: Output) -> None:
     output.print(
         Text(
             _printable(
-                f"{trace.path}: {_count(len(trace.sequences), 'sequence')}, "
-                f"{_count(tokens, 'token')}, "
+                f"{trace.path}: {count(len(trace.sequences), 'sequence')}, "
+                f"{count(tokens, 'token')}, "
             )
             + size(trace.num_bytes)
         )
@@ -272,9 +271,9 @@ def _facts(trace: "Trace") -> dict[str, str]:
         "tokenizer": header.tokenizer or "-",
         "recorded by": header.producer or "-",
         "policy": header.policy,
-        "layers": f"{len(header.layers)} of {header.num_layers}: {_ranges(header.layers)}",
-        "KV heads": f"{len(header.kv_heads)} of {header.num_kv_heads}: {_ranges(header.kv_heads)}, "
-        f"{header.group} query heads each",
+        "layers": f"{len(header.layers)} of {header.num_layers}: {ranges(header.layers, _SHOWN)}",
+        "KV heads": f"{len(header.kv_heads)} of {header.num_kv_heads}: "
+        f"{ranges(header.kv_heads, _SHOWN)}, {header.group} query heads each",
         "numbers": f"{header.dtype}, keys of {header.head_dim}, values of {header.value_dim}, "
         f"scale {header.scale:.6g}",
         "queries": "all"
@@ -334,23 +333,6 @@ def _layer_bytes(trace: "Trace", layer: int) -> dict[str, int]:
 
 def _bytes(trace: "Trace", kind: str, layer: int | None) -> int:
     return sum(trace.payload_bytes(kind, layer, s.index) for s in trace.sequences)
-
-
-def _count(number: int, what: str) -> str:
-    """A number of things."""
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
-
-
-def _ranges(indices: Sequence[int]) -> str:
-    """Ascending indices, runs of them as FIRST:LAST."""
-    runs: list[list[int]] = []
-    for index in indices:
-        if runs and runs[-1][1] == index:
-            runs[-1][1] = index + 1
-        else:
-            runs.append([index, index + 1])
-    parts = [str(a) if b == a + 1 else f"{a}:{b}" for a, b in runs]
-    return ",".join(parts[:_SHOWN]) + (",..." if len(parts) > _SHOWN else "")
 
 
 def _print_lines(output: Output, lines: Sequence[str]) -> None:

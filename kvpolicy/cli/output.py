@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,36 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from kvpolicy.errors import PolicyError
+
 Advance = Callable[[float], None]
 
 PIPED_WIDTH = 120
+
+
+def require_targets(targets: Sequence[str | None], inputs: Sequence[str | None] = ()) -> None:
+    """Refuse files that cannot be written, before any work is done.
+
+    Args:
+        targets: Files to be written; None where there is none.
+        inputs: Files that are read.
+
+    Raises:
+        PolicyError: A target has no folder, is one, is an input, or is named twice.
+    """
+    taken = {Path(name).resolve(): "is read by this command" for name in inputs if name}
+    for name in targets:
+        if name is None:
+            continue
+        path = Path(name).resolve()
+        reason = taken.get(path)
+        if reason is None and path.is_dir():
+            reason = "is a folder"
+        if reason is None and not path.parent.is_dir():
+            reason = f"lies in {path.parent}, which is no folder"
+        if reason is not None:
+            raise PolicyError(f"cannot write {name!r}: it {reason}; choose another file")
+        taken[path] = "is written twice"
 
 
 class Output:
@@ -31,13 +58,30 @@ class Output:
 
     Args:
         json_target: The ``--json`` option: a file, ``-`` for stdout, or None.
+        inputs: Files that the command reads and must not overwrite.
+        others: Further files that it writes.
+
+    Raises:
+        PolicyError: A file cannot be written where it is asked for.
     """
 
-    def __init__(self, json_target: str | None = None) -> None:
+    def __init__(
+        self,
+        json_target: str | None = None,
+        *,
+        inputs: Sequence[str | None] = (),
+        others: Sequence[str | None] = (),
+    ) -> None:
+        require_targets([None if json_target == "-" else json_target, *others], inputs)
         self._target = json_target
         width = None if sys.stdout.isatty() else PIPED_WIDTH
         self.console = Console(quiet=json_target == "-", width=width, highlight=False)
         self._progress_console = Console(stderr=True)
+
+    @property
+    def width(self) -> int:
+        """Columns of text that fit into a line."""
+        return self.console.width
 
     @property
     def is_terminal(self) -> bool:
@@ -58,12 +102,14 @@ class Output:
         """Write the result where ``--json`` says."""
         if self._target is None:
             return
-        text = json.dumps(result, indent=2, ensure_ascii=False) + "\n"
+        text = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         if self._target == "-":
             sys.stdout.write(text)
             sys.stdout.flush()
         else:
-            Path(self._target).write_text(text, encoding="utf-8")
+            part = Path(f"{self._target}.part")
+            part.write_text(text, encoding="utf-8")
+            part.replace(self._target)
 
     @contextmanager
     def progress(self) -> Iterator["Steps"]:
@@ -127,3 +173,25 @@ def size(num_bytes: float) -> str:
             return f"{num_bytes:,.0f} {unit}" if unit == "B" else f"{num_bytes:,.1f} {unit}"
         num_bytes /= 1024
     raise AssertionError("the loop returns")
+
+
+def count(number: int, what: str) -> str:
+    """A number of things."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def ranges(indices: Sequence[int], most: int | None = None) -> str:
+    """Ascending indices as options take them: 0, 1, 2, 5 is ``0:3,5``.
+
+    Args:
+        indices: The indices.
+        most: Ranges shown; default all.
+    """
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and runs[-1][1] == index:
+            runs[-1][1] = index + 1
+        else:
+            runs.append([index, index + 1])
+    parts = [str(a) if b == a + 1 else f"{a}:{b}" for a, b in runs]
+    return ",".join(parts[:most]) + (",..." if most is not None and len(parts) > most else "")

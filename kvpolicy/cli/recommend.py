@@ -19,13 +19,13 @@ def run(arguments: Sequence[str]) -> int:
     from kvpolicy_sim.recommend import CANDIDATES, recommend
 
     options = _parser(CANDIDATES).parse_args(arguments)
-    output = Output(options.json)
+    output = Output(options.json, inputs=[options.trace])
     with Trace.open(options.trace) as trace, output.progress() as steps:
         advance = steps.begin("rounds")
         found = recommend(
             trace,
             options.target,
-            options.policy or CANDIDATES,
+            options.policy,
             layers=options.layers,
             threads=options.threads,
             advance=lambda _: advance(1),
@@ -56,7 +56,7 @@ def run(arguments: Sequence[str]) -> int:
                     "policy": str(made.policy),
                     "budget": made.budget,
                     "retained_mass": made.retained_mass,
-                    "retention_ratio": min(1.0, made.budget / made.tokens),
+                    "retention_ratio": made.retention_ratio,
                     "bytes_kept": made.bytes_kept,
                     "bytes_full": made.bytes_full,
                 }

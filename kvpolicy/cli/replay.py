@@ -20,6 +20,9 @@ EXAMPLES = """
   kvpolicy replay t.kvtrace --policy mymodule.Mine:budget=64 --level open-loop --json -
 """
 
+_WIDE = 112
+"""Columns that the whole table takes; narrower ones leave out what matters least."""
+
 LEVELS = ("layer-local", "open-loop")
 
 CAVEAT = (
@@ -32,17 +35,17 @@ def run(arguments: Sequence[str]) -> int:
     """Replay a trace."""
     options = _parser().parse_args(arguments)
     policies = with_baselines(options.policy)
-    output = Output(options.json)
+    output = Output(options.json, inputs=[options.trace], others=[options.html])
     with Trace.open(options.trace) as trace:
         report = _replay(options, trace, policies, output)
     if report is None:
         return 0
-    output.print(_table(report))
+    output.print(_table(report, is_narrow=output.width < _WIDE))
     output.print("\n" + CAVEAT.format(level=options.level))
+    output.json(report.as_dict())
     if options.html:
         report.to_html(options.html)
         output.print(f"wrote {options.html}")
-    output.json(report.as_dict())
     return 0
 
 
@@ -107,6 +110,9 @@ def _replay(
         f"{max(1.0, expected.seconds):,.0f} s" + (" and the oracle's" if options.oracle else "")
     )
     if options.dry_run:
+        output.json(
+            {"schema": 1, "estimate": {"bytes": expected.bytes, "seconds": expected.seconds}}
+        )
         return None
     tokens = sum(sequence.tokens for sequence in sequences)
     work = tokens * len(layers) * len(trace.header.kv_heads) * len(policies)
@@ -125,30 +131,32 @@ def _replay(
         )
 
 
-def _table(report: Report) -> Table:
+def _table(report: Report, *, is_narrow: bool) -> Table:
     """One line per policy."""
-    has_oracle = any(result.regrets for result in report.results.values())
-    columns = ["policy", "kept", "retained mass", "p5", "output error", "recall@16"]
-    rows = table(*columns, *(["regret"] if has_oracle else []), "bytes kept", "steps/s")
-    for result in report.as_dict()["results"]:
-        mass, error, recall = result["retained_mass"], result["output_error"], result["recall"]
-        regret = result["regret"]
-        rows.add_row(
-            result["policy"],
-            figure(100 * result["retention_ratio"], 1) + " %",
-            figure(mass["mean"], 4) + _interval(mass["interval"]),
-            figure(mass["p5"], 4),
-            figure(error["mean"], 4),
-            figure(recall["16"], 3) if recall else "-",
-            *([_regret(regret)] if has_oracle else []),
-            size(result["bytes_kept"]),
-            figure(result["steps_per_second"], 0),
-        )
+    results = report.as_dict()["results"]
+    columns = {
+        "kept": lambda r: figure(100 * r["retention_ratio"], 1) + " %",
+        "retained mass": lambda r: _mass(r["retained_mass"], is_narrow),
+        "p5": None if is_narrow else lambda r: figure(r["retained_mass"]["p5"], 4),
+        "output error": lambda r: figure(r["output_error"]["mean"], 4),
+        "recall@16": None if is_narrow else lambda r: figure((r["recall"] or {}).get("16"), 3),
+        "regret": lambda r: _regret(r["regret"]) if any(x["regret"] for x in results) else None,
+        "bytes kept": lambda r: size(r["bytes_kept"]),
+        "steps/s": None if is_narrow else lambda r: figure(r["steps_per_second"], 0),
+    }
+    shown = {name: show for name, show in columns.items() if show and show(results[0]) is not None}
+    rows = table("policy", *shown)
+    for result in results:
+        rows.add_row(result["policy"], *(show(result) for show in shown.values()))
     return rows
 
 
-def _interval(interval: Sequence[float] | None) -> str:
-    return "" if interval is None else f" ({interval[0]:.4f} .. {interval[1]:.4f})"
+def _mass(mass: dict[str, Any], is_narrow: bool) -> str:
+    """The mean, with its interval where there is one and room for it."""
+    interval = mass["interval"]
+    if interval is None or is_narrow:
+        return figure(mass["mean"], 4)
+    return f"{mass['mean']:.4f} ({interval[0]:.4f} .. {interval[1]:.4f})"
 
 
 def _regret(regret: dict[str, float] | None) -> str:

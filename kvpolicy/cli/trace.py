@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kvpolicy.cli.arguments import CommandParser, command_parser, positive
-from kvpolicy.cli.output import Output, figure, size
+from kvpolicy.cli.output import Output, count, figure, ranges, size
 from kvpolicy.trace import Trace
 from kvpolicy.trace.header import ITEM_BYTES
 
@@ -61,8 +61,8 @@ def show(output: Output, trace: Trace, tokens: int, seconds: float) -> None:
     """Print what was written, and say so in JSON."""
     header = trace.header
     output.print(
-        f"{trace.path}: {size(trace.num_bytes)}, {len(trace.sequences)} sequences, "
-        f"{tokens:,} tokens, layers {_ranges(header.layers)}, KV heads {_ranges(header.kv_heads)}\n"
+        f"{trace.path}: {size(trace.num_bytes)}, {count(len(trace.sequences), 'sequence')}, "
+        f"{tokens:,} tokens, layers {ranges(header.layers)}, KV heads {ranges(header.kv_heads)}\n"
         f"{size(trace.num_bytes / tokens)} per token; {seconds:,.1f} s, "
         f"{figure(tokens / seconds, 0)} tokens/s"
     )
@@ -99,7 +99,7 @@ def _synth(arguments: Sequence[str]) -> int:
     from kvpolicy_sim.synth import synth, synth_header
 
     options = _synth_parser().parse_args(arguments)
-    output = Output(options.json)
+    output = Output(options.json, others=[options.out])
     shape: dict[str, Any] = {
         "layers": options.layers,
         "kv_heads": options.kv_heads,
@@ -163,14 +163,3 @@ def _synth_parser() -> argparse.ArgumentParser:
         "--no-lse", action="store_true", help="leave the log-sum-exp out; with both out it is fast"
     )
     return parser
-
-
-def _ranges(indices: Sequence[int]) -> str:
-    """Indices as ``--layers`` takes them: 0, 1, 2, 5 is ``0:3,5``."""
-    parts: list[list[int]] = []
-    for index in indices:
-        if parts and index == parts[-1][-1] + 1:
-            parts[-1].append(index)
-        else:
-            parts.append([index])
-    return ",".join(f"{p[0]}:{p[-1] + 1}" if len(p) > 1 else str(p[0]) for p in parts)

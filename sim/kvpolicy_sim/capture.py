@@ -87,6 +87,12 @@ def capture(
     for name, given in (("prompt_len", prompts), ("sources", sources), ("marks", marks)):
         if given and len(given) != len(sequences):
             raise PolicyError(f"{name} has {len(given)} entries for {len(sequences)} sequences")
+    for ids, length in zip(sequences, prompts or (), strict=False):
+        if not 0 < length <= len(ids) + new_tokens:
+            raise PolicyError(
+                f"prompt_len must lie in 1..{len(ids) + new_tokens}, the sequence's length: "
+                f"got {length}"
+            )
     header = plan(
         model,
         layers=layers,

@@ -67,27 +67,25 @@ class LayerInputs:
 
         def read(kind: str) -> Tensor:
             x = trace.read(kind, layer, sequence, dtype=torch.float32)
-            if not bool(x.isfinite().all()):
-                raise TraceError(
-                    f"{trace.path}: {kind} of layer {layer}, sequence {sequence} has values that "
-                    "are not finite; capture the trace again"
-                )
+            _require_finite(x, f"{trace.path}: {kind} of layer {layer}, sequence {sequence}")
             return x if x.shape[0] == kv_heads else x.unflatten(0, (kv_heads, -1))
 
         queries, keys, values = read("q").mul_(header.scale), read("k"), read("v")
         if queries.dim() == 3:
             queries = queries[:, None]
-        lse, out = (
-            read(kind).view(*queries.shape[:3], *shape)
-            if trace.has(kind, layer, sequence)
-            else None
-            for kind, shape in (("lse", ()), ("out", (header.value_dim,)))
-        )
+        shape = queries.shape[:3]
+        lse = read("lse").view(shape) if trace.has("lse", layer, sequence) else None
+        out = None
+        if outputs and trace.has("out", layer, sequence):
+            out = read("out").view(*shape, -1)
         if lse is None or (outputs and out is None):
             positions = torch.arange(0, tokens, header.query_stride)
             full = attend(queries.flatten(0, 1), keys, values, positions, 1.0, outputs=outputs)
-            lse = full.lse.view(queries.shape[:3])
-            out = None if full.out is None else full.out.view(*queries.shape[:3], -1)
+            lse = full.lse.view(shape)
+            out = None if full.out is None else full.out.view(*shape, -1)
+            for x in (lse, out):
+                where = f"{trace.path}: attention of layer {layer}, sequence {sequence}"
+                _require_finite(x, where)
         return cls(
             layer=layer,
             kv_heads=header.kv_heads,
@@ -97,5 +95,11 @@ class LayerInputs:
             keys=keys,
             values=values,
             lse=lse,
-            outputs=out if outputs else None,
+            outputs=out,
         )
+
+
+def _require_finite(x: Tensor | None, what: str) -> None:
+    """Raise TraceError for infinities and NaN, which the extremes show at half the cost."""
+    if x is not None and not bool(torch.stack(torch.aminmax(x)).isfinite().all()):
+        raise TraceError(f"{what} has values that are not finite; capture the trace again")

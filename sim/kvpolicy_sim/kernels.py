@@ -65,10 +65,10 @@ def walk(weights, rows, scales, sums, columns, first, size, rule):  # noqa: ANN0
 
     Args:
         weights: [N, r, C] float32, exp(logit - reference of the row), zero in the future; on
-            return the attention over what is alive, which sums to one.
+            return zero where a column was not alive either.
         rows: [r] int64 offsets of the tokens that have queries, ascending.
-        scales: [N, r] float32 factor from `weights` to what the policy observes; 0 where it
-            observes the normalised row.
+        scales: [N, r] float32 factor from `weights` to what the policy observes; negative
+            where it observes the normalised row.
         sums: [N, r] float32, written: sum of a row over what is alive.
         columns: `Columns`.
         first: Tokens seen before the block.
@@ -89,10 +89,11 @@ def walk(weights, rows, scales, sums, columns, first, size, rule):  # noqa: ANN0
                 sums[head, row] = _hide_dead(weights[head, row], columns.alive, visible)
                 if sums[head, row] < UNDERFLOW:
                     return offset
-            _pool(weights[:, row], scales[:, row], sums[:, row], pooled, visible, rule.pool)
-            row += 1
+            if rule.score >= LAST_ROW:
+                _pool(weights[:, row], scales[:, row], sums[:, row], pooled, visible, rule.pool)
             if rule.score >= SUM:
                 _accumulate(columns.accumulated, pooled, columns.alive, visible, rule)
+            row += 1
         n = first + offset + 1
         if n >= rule.retained + rule.interval and (n - rule.retained) % rule.interval == 0:
             _evict(columns, pooled, visible, n, rule)
@@ -111,12 +112,12 @@ def _hide_dead(weights, alive, visible):  # noqa: ANN001, ANN202
 
 @numba.njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
 def _pool(weights, scales, sums, pooled, visible, pool):  # noqa: ANN001, ANN202
-    """Reduce the heads' rows into `pooled`, and normalise them in place."""
+    """Reduce the heads' rows, normalised or scaled, into `pooled`."""
     num_heads = weights.shape[0]
     pooled[:visible] = 0
     for head in range(num_heads):
-        row, inverse = weights[head], np.float32(1) / sums[head]
-        factor = scales[head] if scales[head] != 0 else inverse
+        row = weights[head]
+        factor = scales[head] if scales[head] >= 0 else np.float32(1) / sums[head]
         if pool == POOL_MAX:
             for c in range(visible):
                 pooled[c] = max(pooled[c], row[c] * factor)
@@ -124,8 +125,6 @@ def _pool(weights, scales, sums, pooled, visible, pool):  # noqa: ANN001, ANN202
             share = factor / np.float32(num_heads) if pool == POOL_MEAN else factor
             for c in range(visible):
                 pooled[c] += row[c] * share
-        for c in range(visible):
-            row[c] *= inverse
 
 
 @numba.njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
@@ -144,6 +143,9 @@ def _evict(columns, pooled, visible, n, rule):  # noqa: ANN001, ANN202
     """Evict the `interval` lowest-scored candidates after n tokens."""
     begin = np.searchsorted(columns.positions[:visible], rule.sinks)
     end = np.searchsorted(columns.positions[:visible], n - rule.recent)
+    if rule.score == POSITION:
+        _evict_oldest(columns, begin, end, n, rule.interval)
+        return
     ranks = _ranks(columns, pooled, begin, end, n, rule)
     if rule.interval == 1:
         lowest, threshold = begin, _TAKEN
@@ -164,6 +166,16 @@ def _evict(columns, pooled, visible, n, rule):  # noqa: ANN001, ANN202
 
 
 @numba.njit(nogil=True, cache=True)
+def _evict_oldest(columns, begin, end, n, count):  # noqa: ANN001, ANN202
+    """Evict the first candidates among the columns [begin, end), which are in order."""
+    for c in range(begin, end):
+        if count > 0 and columns.alive[c] != 0 and not columns.is_pinned[c]:
+            columns.alive[c] = 0
+            columns.evicted_at[c] = n
+            count -= 1
+
+
+@numba.njit(nogil=True, cache=True)
 def _ranks(columns, pooled, begin, end, n, rule):  # noqa: ANN001, ANN202
     """Scores of the columns [begin, end) as words in the same order; `_TAKEN` for no candidate.
 
@@ -171,9 +183,7 @@ def _ranks(columns, pooled, begin, end, n, rule):  # noqa: ANN001, ANN202
     their bits.
     """
     ranks = np.empty(end - begin, np.uint64)
-    if rule.score == POSITION:
-        ranks[:] = columns.positions[begin:end].view(np.uint64)
-    elif rule.score == RANDOM:
+    if rule.score == RANDOM:
         link = splitmix64(rule.hash ^ np.uint64(n))
         for c in range(begin, end):
             ranks[c - begin] = splitmix64(link ^ np.uint64(columns.positions[c]))

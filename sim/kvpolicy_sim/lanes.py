@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvpolicy import CachePolicy, EvictionPolicy
+from kvpolicy import CachePolicy, EvictionPolicy, KVPolicyError, PolicyError
 from kvpolicy.attention import AttentionLayer, query_key_products
 from kvpolicy.lookahead import Block
 from kvpolicy.rotary import Rotary
@@ -133,7 +133,7 @@ class CompiledLane(Lane):
         count = done.stop - done.start
         self.outcome.lse[:, :, done] = peak[:, :, :count, 0] + sums[:, :, :count].log()
         if self.inputs.outputs is not None:
-            self._attend(weights[:, :, :count], index, done)
+            self._attend(weights[:, :, :count], sums[:, :, :count, None], index, done)
         self._compact(columns, held + taken)
         return taken
 
@@ -161,16 +161,19 @@ class CompiledLane(Lane):
         return products.view(*queries.shape[:3], len(index))
 
     def _scales(self, peak: Tensor, rows: slice) -> Tensor:
-        """Factors from weights to what the policy observes; 0 means renormalised."""
+        """Factors from weights to what the policy observes; negative means renormalised."""
         if self.level == "layer-local":
-            return torch.zeros_like(peak)
+            return torch.full_like(peak, -1.0)
         return (peak - self.inputs.lse[self.heads, :, rows]).exp()
 
-    def _attend(self, weights: Tensor, index: Tensor, rows: slice) -> None:
-        """Compare the attention output of rows with full attention's."""
+    def _attend(self, weights: Tensor, sums: Tensor, index: Tensor, rows: slice) -> None:
+        """Compare the attention output of rows with full attention's.
+
+        Outputs are normalised rather than weights: there are fewer of them.
+        """
         assert self.inputs.outputs is not None
         values = self.inputs.values[self.heads].index_select(1, index)
-        outputs = torch.bmm(weights.flatten(1, 2), values).view(*weights.shape[:3], -1)
+        outputs = torch.bmm(weights.flatten(1, 2), values).view(*weights.shape[:3], -1).div_(sums)
         self.outcome.compare(rows, outputs, self.inputs.outputs[self.heads, :, rows])
 
     def _compact(self, columns: "Columns", count: int) -> None:
@@ -207,7 +210,7 @@ class CoreLane(Lane):
         block = _Block(self.layer, self._slots, queries, keys, values)
         if self.level == "open-loop":
             block.full_lse = self.inputs.lse[None, self.heads, :, rows]
-        outputs = block.run()  # [1, H, Q, D]
+        outputs = self._run(block)  # [1, H, Q, D]
         self.outcome.lse[:, :, rows] = block.visible_lse(queries)
         if self.inputs.outputs is not None:
             ideal = self.inputs.outputs[self.heads, :, rows]
@@ -215,6 +218,17 @@ class CoreLane(Lane):
         self._note(block)
         self._slots = block.kept()
         return size
+
+    def _run(self, block: Block) -> Tensor:
+        """Let the policy decide the block; a failure of its own code names it."""
+        try:
+            return block.run()
+        except KVPolicyError:
+            raise
+        except Exception as error:
+            raise PolicyError(
+                f"{self.layer.policy} failed: {type(error).__name__}: {error}"
+            ) from error
 
     def _note(self, block: Block) -> None:
         """Note what the block evicted."""

@@ -1,11 +1,16 @@
 """The smallest budget with which a policy keeps a share of the attention mass."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from kvpolicy import CachePolicy, PolicyError, parse
+from kvpolicy.policy import parameters
+from kvpolicy.registry import find
 from kvpolicy.trace import Trace
 from kvpolicy_sim.replay import replay
+from kvpolicy_sim.result import PolicyResult
 
 CANDIDATES = ("window", "sinks", "h2o", "tova")
 """Policies tried unless told otherwise."""
@@ -24,6 +29,7 @@ class Recommendation:
     Attributes:
         policy: The policy at that budget.
         retained_mass: Mean retained mass there.
+        retention_ratio: Tokens kept at the end over tokens seen.
         bytes_kept: Keys, values and policy state per sequence.
         bytes_full: Keys and values of the full cache.
         tokens: Length of the longest sequence: a budget as large keeps everything.
@@ -31,6 +37,7 @@ class Recommendation:
 
     policy: CachePolicy
     retained_mass: float
+    retention_ratio: float
     bytes_kept: int | float
     bytes_full: int
     tokens: int
@@ -43,9 +50,9 @@ class Recommendation:
 
 
 def recommend(
-    trace: Trace,
+    trace: Trace | str | Path,
     target: float,
-    candidates: Sequence[str] = CANDIDATES,
+    candidates: Sequence[str] | None = None,
     *,
     layers: Sequence[int] | None = None,
     threads: int | None = None,
@@ -57,9 +64,9 @@ def recommend(
     is taken to grow with the budget between those tried.
 
     Args:
-        trace: The trace.
+        trace: A trace or its path.
         target: Mean retained mass over steps beyond the budget, in (0, 1).
-        candidates: Specs without a budget.
+        candidates: Specs without a budget; default those of `CANDIDATES` that fit the trace.
         layers: Layers to replay; default all captured.
         threads: Layers at a time.
         advance: Told what each round tries.
@@ -69,30 +76,57 @@ def recommend(
     """
     if not 0 < target < 1:
         raise PolicyError(f"target must lie between 0 and 1, got {target}; try 0.95")
+    if not isinstance(trace, Trace):
+        with Trace.open(trace) as opened:
+            return recommend(
+                opened, target, candidates, layers=layers, threads=threads, advance=advance
+            )
     tokens = max(sequence.tokens for sequence in trace.sequences)
-    searches = [_Search(spec, target, tokens) for spec in candidates]
+    searches = _searches(candidates, target, tokens)
     while probes := [policy for search in searches for policy in search.probes()]:
         advance(", ".join(map(str, probes)))
         report = replay(trace, probes, layers=layers, outputs=False, details=False, threads=threads)
         for search in searches:
             for policy in search.probes():
-                ledgers = [report.result(policy).ledger(s) for s in report.sequences]
-                found = Recommendation(
-                    policy,
-                    report.result(policy).retained_mass["mean"],
-                    sum(ledger.bytes_held for ledger in ledgers) / len(ledgers),
-                    sum(x.bytes_held + x.bytes_saved for x in ledgers) // len(ledgers),
-                    tokens,
-                )
-                search.note(found)
+                search.note(_recommendation(report.result(policy)))
             search.narrow()
     return [search.best for search in searches if search.best is not None]
+
+
+def _searches(candidates: Sequence[str] | None, target: float, tokens: int) -> list["_Search"]:
+    """A search per candidate; default ones that the trace is too short for are left out."""
+    if candidates is not None:
+        return [_Search(spec, target, tokens) for spec in candidates]
+    found: list[_Search] = []
+    for spec in CANDIDATES:
+        with suppress(PolicyError):
+            found.append(_Search(spec, target, tokens))
+    return found
+
+
+def _recommendation(result: PolicyResult) -> Recommendation:
+    """What a replayed budget keeps."""
+    ledgers = [result.ledger(sequence) for sequence in result.sequences]
+    tokens = [ledger.logical_tokens for ledger in ledgers]
+    return Recommendation(
+        policy=result.policy,
+        retained_mass=result.retained_mass["mean"],
+        retention_ratio=sum(ledger.retained for ledger in ledgers) / sum(tokens),
+        bytes_kept=sum(ledger.bytes_held for ledger in ledgers) / len(ledgers),
+        bytes_full=sum(x.bytes_held + x.bytes_saved for x in ledgers) // len(ledgers),
+        tokens=max(tokens),
+    )
 
 
 class _Search:
     """Narrows one policy's budget down between one that fails and one that does not."""
 
     def __init__(self, spec: str, target: float, tokens: int) -> None:
+        name, _, keys = spec.partition(":")
+        if any(key.startswith("budget=") for key in keys.split(",")):
+            raise PolicyError(f"{spec}: the budget is what is looked for; leave it out")
+        if "budget" not in parameters(find(name)):
+            raise PolicyError(f"{spec}: {name} has no budget to recommend; choose another policy")
         self.spec, self.target = spec, target
         self.best: Recommendation | None = None
         self._fails, self._keeps = self._smallest(tokens) - 1, tokens

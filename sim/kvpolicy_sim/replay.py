@@ -45,7 +45,7 @@ class Options:
 
 def replay(
     trace: Trace | str | Path,
-    policies: Sequence[str | CachePolicy],
+    policies: Sequence[str | CachePolicy] | str | CachePolicy,
     *,
     level: Level = "layer-local",
     layers: Sequence[int] | None = None,
@@ -63,7 +63,7 @@ def replay(
 
     Args:
         trace: A trace or its path.
-        policies: Policies or their specs; the report has them in this order.
+        policies: Policies or their specs, or one; the report has them in this order.
         level: ``layer-local``: policies observe attention renormalised over what they retained,
             as in a host. ``open-loop``: they observe full attention's weights.
         layers: Layers of the model, out of those captured; default all.
@@ -79,7 +79,8 @@ def replay(
         UnsupportedError: A policy cannot be replayed exactly from this trace.
         TraceError: The trace is damaged.
     """
-    parsed = tuple(dict.fromkeys(parse(policy) for policy in policies))
+    given = [policies] if isinstance(policies, str | CachePolicy) else policies
+    parsed = tuple(dict.fromkeys(parse(policy) for policy in given))
     options = Options(level, outputs, details, oracle)
     if isinstance(trace, Trace):
         return _replay(trace, parsed, layers, sequences, options, threads, advance)

@@ -28,12 +28,17 @@ class Report:
         results: One per policy, in the order asked for.
     """
 
-    header: Header
+    header: Header = field(repr=False)
     level: str
     layers: tuple[int, ...]
-    sequences: dict[int, TracedSequence]
-    results: dict[CachePolicy, PolicyResult]
+    sequences: dict[int, TracedSequence] = field(repr=False)
+    results: dict[CachePolicy, PolicyResult] = field(repr=False)
     _data: dict[str, Any] | None = field(default=None, init=False, repr=False)
+
+    def __repr__(self) -> str:
+        """Name the trace, the level and the policies."""
+        policies = ", ".join(map(str, self.results))
+        return f"Report({self.header.model!r}, {self.level}, layers {self.layers}: {policies})"
 
     @classmethod
     def blank(

@@ -65,11 +65,11 @@ class PolicyResult:
     """
 
     policy: CachePolicy
-    header: Header
-    sequences: dict[int, TracedSequence]
-    outcomes: dict[Place, PolicyOutcome] = field(default_factory=dict)
-    details: dict[Place, Details] = field(default_factory=dict)
-    regrets: dict[Place, Regret] = field(default_factory=dict)
+    header: Header = field(repr=False)
+    sequences: dict[int, TracedSequence] = field(repr=False)
+    outcomes: dict[Place, PolicyOutcome] = field(default_factory=dict, repr=False)
+    details: dict[Place, Details] = field(default_factory=dict, repr=False)
+    regrets: dict[Place, Regret] = field(default_factory=dict, repr=False)
 
     @property
     def budget(self) -> int | None:
@@ -83,9 +83,10 @@ class PolicyResult:
 
     @property
     def _uncounted(self) -> int:
-        """First steps that do not count: the budget, or none if no sequence goes beyond it."""
-        budget = self.budget or 0
-        return budget if any(x.tokens > budget for x in self.sequences.values()) else 0
+        """First steps that do not count: the budget, or none if no row lies beyond it."""
+        budget, stride = self.budget or 0, self.header.query_stride
+        last_rows = [(x.tokens - 1) // stride * stride + 1 for x in self.sequences.values()]
+        return budget if max(last_rows) > budget else 0
 
     def is_counted(self, steps: np.ndarray) -> np.ndarray:
         """Which steps count, given as tokens seen: those beyond the budget, or all if none is."""
@@ -176,7 +177,7 @@ class PolicyResult:
             sequence = self.sequences[place[0]]
             for index, (name, first, last) in enumerate(sequence.marks):
                 mass, retained, kept = found.setdefault(name, ([], [], []))
-                after = details.steps > last
+                after = (details.steps > last) & self.is_counted(details.steps)
                 mass.append(float(details.mark_mass[:, after, index].sum()))
                 retained.append(float(details.mark_retained[:, after, index].sum()))
                 kept.append(float((self.outcomes[place].evicted_at[:, first:last] == 0).mean()))
@@ -194,9 +195,16 @@ class PolicyResult:
         """Share of the optimal retained mass that was missed, between two bounds."""
         if not self.regrets:
             return None
+        weights = [
+            np.full(len(regret.mass), self.counted_rows(sequence).sum())
+            for (sequence, _), regret in self.regrets.items()
+        ]
         mass, lower, upper = (
-            float(np.mean(np.concatenate([getattr(r, name) for r in self.regrets.values()])))
-            for name in ("mass", "lower", "upper")
+            float(np.average(np.concatenate(parts), weights=np.concatenate(weights)))
+            for parts in (
+                [getattr(regret, name) for regret in self.regrets.values()]
+                for name in ("mass", "lower", "upper")
+            )
         )
         return {
             "lower": max(0.0, 1 - mass / lower),

@@ -75,6 +75,7 @@ def test_html_is_written_where_asked(path, tmp_path):
         (["replay", "DAMAGED", "--policy", "full"], 1),
         (["recommend", "PATH", "--target", "1.5"], 2),
         (["recommend", "PATH", "--policy", "full"], 2),
+        (["recommend", "PATH", "--policy", "h2o:budget=64"], 2),
     ],
 )
 def test_bad_usage_is_one_line(arguments, code, path, tmp_path, capsys):
@@ -86,6 +87,20 @@ def test_bad_usage_is_one_line(arguments, code, path, tmp_path, capsys):
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert "error" in lines[0]
+
+
+@pytest.mark.parametrize("option", ["--json", "--html"])
+@pytest.mark.parametrize("target", ["TRACE", "missing/x", "."])
+def test_outputs_that_cannot_be_written_are_refused_first(option, target, tmp_path, capsys):
+    """A trace is never overwritten by its own report, and nothing is computed in vain."""
+    path = tmp_path / "t.kvtrace"
+    write_trace(path, random_layers(SHAPE), header=header_of(SHAPE))
+    before, target = path.read_bytes(), str(path) if target == "TRACE" else target
+    assert main(["replay", str(path), "--policy", "full", option, target]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "cannot write" in captured.err
+    assert path.read_bytes() == before
 
 
 def test_recommend_finds_the_smallest_budget(path, capsys):

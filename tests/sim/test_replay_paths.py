@@ -52,6 +52,21 @@ def test_compiled_walk_equals_the_core(path, level, monkeypatch):
     assert_same(compiled, kvpolicy_sim.replay(path, SPECS, level=level))
 
 
+def test_open_loop_observes_full_attention_however_little_is_left(tmp_path, monkeypatch):
+    """What is e^-200 of full attention is observed as nothing, not as all there is."""
+    shape = Shape(tokens=150, layers=(0,), kv_heads=1, group=1, head_dim=8)
+    x = random_layers(shape)[0]
+    x.k[:, 20] = 60.0 * x.q[:, 0] / x.q[0, 0].norm() ** 2
+    x.q[:] += x.q[0, 0] * 10
+    path = write_trace(tmp_path / "t.kvtrace", {0: x}, header=header_of(shape))
+    spec = "tova:budget=8,interval=1,sinks=2,protect=(40:44)"
+    compiled = kvpolicy_sim.replay(path, spec, level="open-loop")
+    monkeypatch.setattr(layerwise, "is_compiled", lambda _: False)
+    core = kvpolicy_sim.replay(path, spec, level="open-loop")
+    ours, theirs = (r.result(spec).outcomes[0, 0].evicted_at for r in (compiled, core))
+    np.testing.assert_array_equal(ours, theirs)
+
+
 def test_number_of_threads_changes_nothing(path):
     """One thread and three give equal reports, bit for bit."""
     one, three = (kvpolicy_sim.replay(path, SPECS, threads=n) for n in (1, 3))

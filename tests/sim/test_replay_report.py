@@ -204,6 +204,29 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path):
         kvpolicy_sim.replay(path, ["window:budget=16"])
 
 
+def test_numbers_too_large_for_attention_are_refused(tmp_path):
+    """Finite queries and keys whose products are not give one error, never NaN figures."""
+    layers = {i: type(x)(x.q * 1e30, x.k * 1e30, x.v) for i, x in random_layers(SHAPE).items()}
+    path = write_trace(tmp_path / "t.kvtrace", layers, header=header_of(SHAPE))
+    with pytest.raises(TraceError, match="attention of layer 0, sequence 0"):
+        kvpolicy_sim.replay(path, ["h2o:budget=16"], threads=1)
+
+
+def test_sampled_rows_may_all_lie_within_the_budget(tmp_path):
+    """Where no recorded row lies beyond the budget, all rows count, in every figure."""
+    header = header_of(SHAPE, query_stride=16)
+    path = write_trace(tmp_path / "t.kvtrace", random_layers(SHAPE), header=header)
+    result = kvpolicy_sim.replay(path, "window:budget=118").result("window:budget=118")
+    assert result.retained_mass["mean"] == pytest.approx(1, abs=1e-6)
+    np.testing.assert_allclose(result.head_mass, 1, atol=1e-6)
+
+
+def test_a_report_names_itself_briefly(report):
+    """Typing a report's name shows a line, not its arrays."""
+    assert len(repr(report)) < 200
+    assert "h2o:budget=32" in repr(report)
+
+
 def test_unknown_result_is_named(report):
     """Asking for a policy that was not replayed lists those that were."""
     with pytest.raises(PolicyError, match=r"tova:budget=8 was not replayed; .*h2o:budget=32"):

@@ -272,9 +272,9 @@ def test_damage_in_a_slice_fails(
         (["--slice", "tokens=9999:", "--out", "s"], "begins behind sequence 0"),
         (["--repair", "r", "--verify"], "--repair writes a new trace; use --verify on that one"),
         (["--repair", "r", "--export", "x"], "use --export on that one"),
-        (["--repair", "t"], "t is the trace itself"),
-        (["--slice", "layers=0", "--out", "t"], "t is the trace itself"),
-        (["--export", "t"], "t is the trace itself"),
+        (["--repair", "t"], "cannot write 't': it is read by this command"),
+        (["--slice", "layers=0", "--out", "t"], "cannot write 't': it is read by this command"),
+        (["--export", "t"], "cannot write 't': it is read by this command"),
     ],
 )
 def test_bad_usage_is_refused(
