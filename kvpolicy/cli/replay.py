@@ -103,6 +103,7 @@ def _replay(
         policies,
         threads,
         outputs=not options.no_outputs,
+        details=not options.no_details,
         oracle=options.oracle,
     )
     output.print(

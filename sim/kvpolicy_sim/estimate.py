@@ -26,8 +26,15 @@ _BUFFERS = 4
 _ALLOWANCE = 96 << 20
 """Bytes for code that is loaded on the way, thread stacks, and what an allocator keeps."""
 
-_PASSES = 6
+_PASSES = 10
 """Passes over a block's weights, in units of one exponential: its own, and the walk's."""
+
+
+_READ_PASSES, _DETAIL_PASSES = 12, 20
+"""The same for every number read, checked and converted, and for rows of details."""
+
+_BLOCK_SECONDS = 2e-4
+"""Python's share of a block."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,7 @@ def estimate(
     threads: int,
     *,
     outputs: bool = True,
+    details: bool = True,
     oracle: bool = False,
 ) -> Estimate:
     """Estimate a replay of some layers of some sequences; the time is without the oracle's."""
@@ -69,7 +77,8 @@ def estimate(
     # One policy's masses are copied to be sorted.
     results += results // len(policies)
     work = sum(_work(header, s.tokens, p, outputs) for s in sequences for p in policies)
-    seconds = work * num_layers / min(threads, num_layers * len(sequences))
+    work += sum(_shared_work(header, s.tokens, len(policies), details) for s in sequences)
+    seconds = work * num_layers / at_once
     return Estimate(_resident_bytes() + _ALLOWANCE + at_once * working + results, seconds)
 
 
@@ -123,7 +132,24 @@ def _work(header: Header, tokens: int, policy: CachePolicy, outputs: bool) -> fl
     )
     dims = header.head_dim + (header.value_dim if outputs else 0)
     speed = _speed()
-    return cells * (2 * dims * speed.multiply_add + _PASSES * speed.exponential)
+    blocks = -(-tokens // BLOCK) * (heads // _heads_together(header, policy))
+    walking = cells * (2 * dims * speed.multiply_add + _PASSES * speed.exponential)
+    return walking + blocks * _BLOCK_SECONDS
+
+
+def _shared_work(header: Header, tokens: int, num_policies: int, details: bool) -> float:
+    """Seconds of reading one layer, and of the rows of full attention that details take."""
+    rows, heads = -(-tokens // header.query_stride), len(header.kv_heads) * header.group
+    numbers = heads * rows * (header.head_dim + header.value_dim)
+    numbers += len(header.kv_heads) * tokens * (header.head_dim + header.value_dim)
+    speed = _speed()
+    seconds = numbers * _READ_PASSES * speed.exponential
+    if details:
+        cells = min(rows, SAMPLED_ROWS) * tokens
+        logits = 2 * header.head_dim * speed.multiply_add + _DETAIL_PASSES * speed.exponential
+        seconds += cells * heads * logits
+        seconds += cells * len(header.kv_heads) * num_policies * _DETAIL_PASSES * speed.exponential
+    return seconds
 
 
 def _width(policy: CachePolicy, tokens: int) -> int:
