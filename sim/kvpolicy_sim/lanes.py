@@ -8,6 +8,7 @@ Axes: h KV heads of the unit, G query heads per KV head, T tokens, r rows (token
 n rows of a block, C columns of a block, D head dimension.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
@@ -66,7 +67,7 @@ class Outcome:
             self.squared_error[rows] = error.double().numpy()
 
 
-class Lane:
+class Lane(ABC):
     """One policy on its way through one unit.
 
     Attributes:
@@ -88,9 +89,9 @@ class Lane:
         self.outcome.seconds = perf_counter() - began
         return self.outcome
 
+    @abstractmethod
     def take(self, first: int, size: int) -> int:
         """Take up to `size` tokens, at least one; return how many were taken."""
-        raise NotImplementedError
 
 
 class CompiledLane(Lane):
