@@ -170,6 +170,19 @@ class PolicyResult:
         return found
 
     @property
+    def lifetime(self) -> dict[str, float] | None:
+        """Steps that evicted tokens were held, their own included; None if none was evicted."""
+        parts: list[np.ndarray] = []
+        for outcome in self.outcomes.values():
+            head, position = np.nonzero(outcome.evicted_at)
+            parts.append(outcome.evicted_at[head, position] - position)
+        steps = np.concatenate(parts)
+        if not steps.size:
+            return None
+        p5, median, p95 = np.percentile(steps, (5, 50, 95))
+        return {"p5": float(p5), "median": float(median), "p95": float(p95)}
+
+    @property
     def marks(self) -> list[dict[str, Any]]:
         """Per marked span: attention on it that was retained, and its tokens kept at the end."""
         found: dict[str, tuple[list[float], list[float], list[float]]] = {}
@@ -258,6 +271,7 @@ class PolicyResult:
             "regret": regret,
             "recall": self.recall,
             "lost_mass_by_age": self.lost_mass_by_age,
+            "lifetime": self.lifetime,
             "marks": self.marks,
             "head_mass": self.head_mass.tolist(),
             "evicted": _mean(ledger.evicted for ledger in ledgers),

@@ -98,6 +98,13 @@ def test_retained_positions_after_any_token(report):
     assert report.retained_positions("full", 0).shape == (2, 120)
 
 
+def test_lifetimes_are_those_of_the_window_by_definition(report):
+    """A FIFO window holds every token budget + 1 steps; the full cache evicts none."""
+    full, window, _ = report.as_dict()["results"]
+    assert full["lifetime"] is None
+    assert window["lifetime"] == {"p5": 33, "median": 33, "p95": 33}
+
+
 def test_marked_spans_are_followed(report):
     """A mark's retained share is 1 for the full cache and 0 for a window that has left it."""
     full, window, _ = report.as_dict()["results"]
