@@ -118,11 +118,13 @@ def _replay(
         ]
         try:
             for future in as_completed(futures):
-                report.add(future.result())
+                future.result()
         except BaseException:
             worker.is_stopped = True
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+    for future in futures:  # not as they came: means over layers depend on their order
+        report.add(future.result())
     return report
 
 

@@ -1,5 +1,7 @@
 """Every way through the replay gives the same: compiled or core, threads, blocks, strides."""
 
+from threading import Event
+
 import numpy as np
 import pytest
 
@@ -8,6 +10,7 @@ from fixtures.policies import FadingMaximum, RowTimesKeyNorm
 from fixtures.traces import Shape, header_of, random_layers, write_trace
 from kvpolicy import parse
 from kvpolicy_sim import layerwise, rules
+from kvpolicy_sim.replay import _Worker
 
 SHAPE = Shape(tokens=290, layers=(1, 4), kv_heads=2, group=3)
 
@@ -73,6 +76,23 @@ def test_number_of_threads_changes_nothing(path):
     assert_same(one, three)
     for spec in SPECS:
         assert one.result(spec).retained_mass == three.result(spec).retained_mass
+
+
+def test_order_in_which_layers_finish_changes_nothing(path, monkeypatch):
+    """Results lie in the order of layers, so that means do not depend on which finished first."""
+    last_is_done, run = Event(), _Worker.run
+
+    def last_layer_first(worker, sequence, layer):
+        if (sequence, layer) == (0, 1):
+            last_is_done.wait()
+        found = run(worker, sequence, layer)
+        if (sequence, layer) == (1, 4):
+            last_is_done.set()
+        return found
+
+    monkeypatch.setattr(_Worker, "run", last_layer_first)
+    result = kvpolicy_sim.replay(path, "sinks:budget=33", threads=2).result("sinks:budget=33")
+    assert list(result.outcomes) == [(0, 1), (0, 4), (1, 1), (1, 4)]
 
 
 def test_sampled_queries_give_the_same_rows(path, tmp_path):
