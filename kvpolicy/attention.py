@@ -10,9 +10,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from kvpolicy.errors import UnsupportedError
+from kvpolicy.memory.decoder import Decoder
+from kvpolicy.memory.policy import MemoryPolicy
+from kvpolicy.memory.state import Attended, Memory, Passage, Question, Setting, Shape
 from kvpolicy.occupancy import Occupancy
 from kvpolicy.policy import CachePolicy, EvictionPolicy, View
 from kvpolicy.rotary import Rotary
+from kvpolicy.slots import Slots
 
 
 @dataclass
@@ -41,7 +46,8 @@ class AttentionLayer:
         policy: What is kept.
         index: The layer's index in the model.
         scale: Factor on query-key products, usually 1 / sqrt(D).
-        rotary: The model's RoPE; needed by ``rope=reindex`` only.
+        rotary: The model's RoPE; needed by ``rope=reindex`` and by memories.
+        decoder: The layer's weights; needed by policies that say so.
         first_kv_head: Index of the first KV head here, when heads are split over devices.
         stopwatch: Time spent on observing, scoring and evicting, for ledgers.
     """
@@ -51,6 +57,7 @@ class AttentionLayer:
     scale: float
     rotary: Rotary | None = None
     first_kv_head: int = 0
+    decoder: Decoder | None = None
     stopwatch: Stopwatch = field(default_factory=Stopwatch, compare=False, repr=False)
 
     @property
@@ -62,6 +69,99 @@ class AttentionLayer:
     def eviction(self) -> EvictionPolicy | None:
         """The policy if it ever evicts."""
         return self.policy if isinstance(self.policy, EvictionPolicy) else None
+
+    @property
+    def memory_policy(self) -> MemoryPolicy | None:
+        """The policy if it keeps a memory beside tokens."""
+        policy = self.policy
+        return policy if isinstance(policy, MemoryPolicy) and policy.has_memory else None
+
+    def new_slots(self, q: Tensor, k: Tensor, v: Tensor) -> Slots:
+        """Storage of rows that have seen nothing, for inputs of these shapes.
+
+        Args:
+            q: [B, H, ..., D].
+            k: [B, H_kv, ..., D].
+            v: [B, H_kv, ..., D].
+
+        Raises:
+            UnsupportedError: The host gave no rotary embedding, or no weights where needed.
+            PolicyError: The policy's parameters do not fit the model.
+        """
+        slots, policy = Slots.empty(k, v), self.memory_policy
+        if policy is None:
+            return slots
+        if policy.needs_decoder and self.decoder is None:
+            raise UnsupportedError(
+                f"{policy}: its memory needs the layer's weights, which this host has not"
+            )
+        slots.memory = policy.new_memory(Shape.of(q, k, v), self.setting)
+        return slots
+
+    @property
+    def setting(self) -> Setting:
+        """The layer as memories see it."""
+        if self.rotary is None:
+            raise UnsupportedError(f"{self.policy}: its memory needs plain rotary embeddings")
+        return Setting(self.index, self.scale, self.rotary, self.first_kv_head, self.decoder)
+
+    def attend(
+        self,
+        memory: Memory,
+        q: Tensor,
+        logits: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        evicted: Tensor,
+    ) -> Attended:
+        """Attend to tokens and memory.
+
+        Args:
+            memory: Of the rows.
+            q: [B, H, Q, D], rotated.
+            logits: [B, H_kv, G, Q, S] over token slots, -inf where one is not seen.
+            values: [B, H_kv, S, D].
+            positions: [Q] or [B, 1, Q] of the queries.
+            evicted: [Q] or [B, 1, Q] tokens evicted before each query.
+        """
+        policy = self.memory_policy
+        assert policy is not None, "it made the memory"
+        question = Question(q.float(), positions, evicted, logits, values, self.setting)
+        return policy.attend(memory, question)
+
+    def passage(
+        self,
+        slots: Slots,
+        chosen: Tensor,
+        count: int,
+        *,
+        n: Tensor,
+        query: Tensor,
+        lse: Tensor,
+    ) -> Passage:
+        """Take tokens out of slots for a memory, oldest first.
+
+        Args:
+            slots: With S slots.
+            chosen: [B, H_kv, S] bool, `count` of them per row and head.
+            count: E.
+            n: [B] tokens seen.
+            query: [B, H, D] of the newest token.
+            lse: [B, H_kv, G] of its logits.
+        """
+        last = slots.positions.amax() + 1
+        order = slots.positions.where(chosen, last).argsort(dim=-1)[..., :count]
+        taken = slots.keep(order)
+        return Passage(
+            rotated_keys=taken.keys.float(),
+            values=taken.values.float(),
+            positions=taken.positions,
+            accumulated=taken.accumulated,
+            n=n.view(-1, 1, 1),
+            query=query.float().unflatten(1, lse.shape[1:]),
+            lse=lse,
+            setting=self.setting,
+        )
 
     @property
     def needs_weights(self) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.attention import AttentionLayer, weighted_values
+from kvpolicy.memory.state import Memory
 from kvpolicy.selection import select_victims
 from kvpolicy.slots import Slots, survivors
 
@@ -45,22 +46,47 @@ def step(layer: AttentionLayer, slots: Slots, q: Tensor, k: Tensor, v: Tensor) -
     if min(visible) < held:
         logits = logits.masked_fill(~valid[:, :, None, None], -torch.inf)
         values = values.masked_fill(~valid[..., None], 0)  # 0 x NaN of unwritten memory is NaN
-    weights = logits.softmax(dim=-1)  # [B, H_kv, G, 1, S]
-    output = weighted_values(weights, values)
+    output, weights, lse = _attend(layer, slots, q, logits, values, evicted)
 
     with layer.stopwatch:
         pooled = layer.pool(weights)[:, :, 0] if layer.needs_weights else None  # [B, H_kv, S]
-        now = _Moment(tokens, visible, valid, pooled)
+        now = _Moment(tokens, visible, valid, pooled, q, lse)
         accumulated = _observe(layer, slots, now)
+        memory = _reflect(layer, slots, now)
         due = [row for row, n in enumerate(tokens) if layer.occupancy.is_due(n)]
-        kept = _evict(layer, slots, now, due, accumulated) if due else None
+        kept = _evict(layer, slots, now, due, accumulated, memory) if due else None
 
         slots.tokens = tokens
         if pooled is not None:
             slots.accumulated[:, :, :held] = accumulated
+        if memory is not slots.memory:
+            slots.memory = memory
         if kept is not None:
             slots.put_rows(due, kept, layer.occupancy.capacity)
     return output[:, :, 0].to(q.dtype)
+
+
+def _attend(
+    layer: AttentionLayer,
+    slots: Slots,
+    q: Tensor,
+    logits: Tensor,
+    values: Tensor,
+    evicted: list[int],
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Output [B, H, 1, D], weights [B, H_kv, G, 1, S] over tokens, and lse with a memory."""
+    if slots.memory is None:
+        weights = logits.softmax(dim=-1)
+        return weighted_values(weights, values), weights, None
+    attended = layer.attend(
+        slots.memory,
+        q[:, :, None],
+        logits,
+        values,
+        positions=torch.tensor(slots.tokens, device=q.device)[:, None, None],
+        evicted=torch.tensor(evicted, device=q.device)[:, None, None],
+    )
+    return attended.output, attended.weights, attended.lse[..., 0]
 
 
 @dataclass(frozen=True)
@@ -72,12 +98,16 @@ class _Moment:
         visible: Slots that each row's new token attended to.
         valid: [B, H_kv, S] bool, which slots these are.
         pooled: [B, H_kv, S] weights, if the policy needs them.
+        query: [B, H, D].
+        lse: [B, H_kv, G] of the query's logits, if there is a memory.
     """
 
     tokens: list[int]
     visible: list[int]
     valid: Tensor
     pooled: Tensor | None
+    query: Tensor
+    lse: Tensor | None
 
 
 def _observe(layer: AttentionLayer, slots: Slots, now: _Moment) -> Tensor:
@@ -105,8 +135,39 @@ def _observe(layer: AttentionLayer, slots: Slots, now: _Moment) -> Tensor:
     return before
 
 
+def _reflect(layer: AttentionLayer, slots: Slots, now: _Moment) -> Memory | None:
+    """The rows' memory after those at a block boundary had theirs rewritten."""
+    policy, memory = layer.memory_policy, slots.memory
+    if policy is None or memory is None:
+        return None
+    rows = [row for row, n in enumerate(now.tokens) if policy.next_boundary(n - 1) == n]
+    if not rows:
+        return memory
+    assert now.lse is not None, "there is a memory"
+    index, held = torch.tensor(rows, device=now.query.device), now.valid.shape[-1]
+    part, n = slots.rows(rows, held), torch.tensor(now.tokens, device=now.query.device)[index]
+    assert part.memory is not None, "a copy of the memory's rows"
+    newest = part.positions >= (n - policy.boundary_tokens)[:, None, None]
+    passage = layer.passage(
+        part,
+        newest & now.valid[index],
+        policy.boundary_tokens,
+        n=n,
+        query=now.query[index],
+        lse=now.lse[index],
+    )
+    changed = memory.rows(torch.arange(len(now.tokens), device=now.query.device))
+    changed.put_rows(index, policy.reflect(part.memory, passage))
+    return changed
+
+
 def _evict(
-    layer: AttentionLayer, slots: Slots, now: _Moment, rows: list[int], accumulated: Tensor
+    layer: AttentionLayer,
+    slots: Slots,
+    now: _Moment,
+    rows: list[int],
+    accumulated: Tensor,
+    memory: Memory | None,
 ) -> Slots:
     """What the rows that are due keep; before the eviction they all hold `capacity` slots."""
     policy, held = layer.eviction, now.visible[rows[0]]
@@ -127,7 +188,14 @@ def _evict(
     )
     surplus = layer.occupancy.interval
     victims = select_victims(policy, view, surplus)
-    return part.keep(survivors(victims, held, surplus))
+    kept = part.keep(survivors(victims, held, surplus))
+    if memory is not None and layer.memory_policy is not None:
+        assert now.lse is not None, "there is a memory"
+        passage = layer.passage(
+            part, victims, surplus, n=view.n, query=now.query[index], lse=now.lse[index]
+        )
+        kept.memory = layer.memory_policy.absorb(memory.rows(index), passage)
+    return kept
 
 
 def _valid(visible: list[int], held: int, positions: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ class Ledger:
     bytes_saved: int
     evictions: int
     policy_seconds: float
-    merged: int = 0
+    merged: int | float = 0
     semantics: int = SEMANTICS
 
     def as_dict(self) -> dict[str, Any]:

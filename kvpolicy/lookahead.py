@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.attention import AttentionLayer, weighted_values
+from kvpolicy.memory.state import Memory, Passage
 from kvpolicy.policy import View
 from kvpolicy.selection import select_victims
 from kvpolicy.slots import Slots, survivors
@@ -78,6 +79,7 @@ class Block:
         seen: Tokens of each row before the block.
         size: Tokens of the block, Q.
         columns: Candidates; their `death` says what was evicted when, once `run` has returned.
+        memory: What the policy keeps beside tokens, after what has been decided so far.
         logits: [B, H_kv, G, Q, S] float32 of the block's queries over all columns.
     """
 
@@ -88,10 +90,13 @@ class Block:
         self.seen = slots.tokens[0]
         self.size = q.shape[2]
         self.columns = self._join(k, v)
+        self.memory = slots.memory
         self.logits = layer.logits(q, self.columns.slots.keys, self._evicted_before())
 
     def run(self) -> Tensor:
         """Decide and attend; [B, H, Q, D] float32."""
+        if self.memory is not None:
+            return self._walk_with_memory(self.memory)
         weights = self._walk() if self.layer.needs_weights else self._decide_then_attend()
         return weighted_values(weights, self.columns.slots.values)
 
@@ -102,6 +107,7 @@ class Block:
     def kept(self) -> Slots:
         """What is held after the block."""
         columns = self.columns.slots
+        columns.memory = self.memory
         total, held = columns.capacity, self.layer.occupancy.held(self.seen + self.size)
         if held == total:
             return columns
@@ -135,12 +141,15 @@ class Block:
         return self.layer.occupancy.evicted(counts)
 
     def _segments(self) -> list[tuple[int, int, bool]]:
-        """Split the block at the law's evictions: (first, last, evict after last), half-open."""
+        """Split the block where slots or memory change: (first, last, evict after last)."""
         segments: list[tuple[int, int, bool]] = []
         first = 0
+        policy = self.layer.memory_policy
         while first < self.size:
             due = self.layer.occupancy.next_due(self.seen + first)
-            last = self.size if due is None else min(self.size, due - self.seen)
+            boundary = None if policy is None else policy.next_boundary(self.seen + first)
+            ends = [end - self.seen for end in (due, boundary) if end is not None]
+            last = min([self.size, *ends])
             segments.append((first, last, due == self.seen + last))
             first = last
         return segments
@@ -163,6 +172,59 @@ class Block:
             parts.append(weights)
         return torch.cat(parts, dim=3)
 
+    def _walk_with_memory(self, memory: Memory) -> Tensor:
+        """Policies with a memory: attend, observe and absorb from change to change."""
+        outputs: list[Tensor] = []
+        evicted, values = self._evicted_before(), self.columns.slots.values
+        for first, last, due in self._segments():
+            queries = self.q[:, :, first:last]
+            attended = self.layer.attend(
+                memory,
+                queries,
+                self._visible_logits(first, last),
+                values,
+                positions=torch.arange(self.seen + first, self.seen + last, device=queries.device),
+                evicted=evicted[first:last],
+            )
+            outputs.append(attended.output)
+            with self.layer.stopwatch:
+                newest = queries[:, :, -1], attended.lse[..., -1]
+                memory = self._reflect(memory, last, *newest)
+                if self.layer.needs_weights:
+                    self._decide(first, last, attended.weights, due)
+                elif due:
+                    self._evict(last, None)
+                if due:
+                    memory = self._absorb(memory, last, *newest)
+        self.memory = memory
+        return torch.cat(outputs, dim=2)
+
+    def _reflect(self, memory: Memory, last: int, query: Tensor, lse: Tensor) -> Memory:
+        """The memory after the block's first `last` tokens, rewritten at a boundary."""
+        policy, n = self.layer.memory_policy, self.seen + last
+        assert policy is not None, "it has a memory"
+        if policy.next_boundary(n - 1) != n:
+            return memory
+        positions = self.columns.slots.positions
+        newest = (positions >= n - policy.boundary_tokens) & (positions < n)
+        passage = self._passage(newest, policy.boundary_tokens, last, query, lse)
+        return policy.reflect(memory, passage)
+
+    def _absorb(self, memory: Memory, last: int, query: Tensor, lse: Tensor) -> Memory:
+        """The memory with the tokens evicted after the block's first `last` tokens."""
+        policy = self.layer.memory_policy
+        assert policy is not None, "it has a memory"
+        victims = self.columns.death == last
+        count = self.layer.occupancy.interval
+        return policy.absorb(memory, self._passage(victims, count, last, query, lse))
+
+    def _passage(
+        self, chosen: Tensor, count: int, last: int, query: Tensor, lse: Tensor
+    ) -> Passage:
+        """Tokens for the memory after the block's first `last` tokens."""
+        n = torch.full((self.q.shape[0],), self.seen + last, device=self.q.device)
+        return self.layer.passage(self.columns.slots, chosen, count, n=n, query=query, lse=lse)
+
     def _decide(self, first: int, last: int, weights: Tensor, due: bool) -> None:
         """Show the policy the rows of queries [first, last), then evict if it is due."""
         policy = self.layer.eviction
@@ -178,8 +240,12 @@ class Block:
 
     def _softmax(self, first: int, last: int) -> Tensor:
         """Attention weights of queries [first, last); [B, H_kv, G, last - first, S]."""
+        return self._visible_logits(first, last).softmax(dim=-1)
+
+    def _visible_logits(self, first: int, last: int) -> Tensor:
+        """Logits of queries [first, last), -inf over what they do not see."""
         hidden = ~self.columns.visible(first, last)[:, :, None]
-        return self.logits[:, :, :, first:last].masked_fill(hidden, -torch.inf).softmax(dim=-1)
+        return self.logits[:, :, :, first:last].masked_fill(hidden, -torch.inf)
 
     def _visible_counts(self, first: int, last: int) -> Tensor:
         """Slots seen by each query: one more than held before it; [Q]."""

@@ -133,6 +133,11 @@ class CachePolicy:
         return Occupancy(retained=None)
 
     @property
+    def implied(self) -> dict[str, Any]:
+        """Values of parameters that a spec may leave out because the others imply them."""
+        return {}
+
+    @property
     def label(self) -> str:
         """What error messages call the policy."""
         return self.name or type(self).__name__
@@ -175,6 +180,7 @@ class EvictionPolicy(CachePolicy):
     """
 
     reindexable: ClassVar[bool] = False
+    smallest_budget: ClassVar[int] = 1
 
     budget: int
     interval: int | None = None
@@ -185,12 +191,12 @@ class EvictionPolicy(CachePolicy):
     def __post_init__(self) -> None:
         """Fill in the default interval before validating."""
         if self.interval is None and isinstance(self.budget, int):
-            object.__setattr__(self, "interval", default_interval(self.budget))
+            object.__setattr__(self, "interval", self.default_interval)
         super().__post_init__()
 
     def validate(self) -> None:
         """Refuse budgets that cannot hold what is protected."""
-        if self.budget < 1 or self.occupancy.interval < 1:
+        if self.budget < self.smallest_budget or self.occupancy.interval < 1:
             raise PolicyError(
                 f"{self.label}: budget and interval must be at least 1, "
                 f"got budget={self.budget}, interval={self.interval}"
@@ -216,6 +222,16 @@ class EvictionPolicy(CachePolicy):
                 f"{self.label}: {protected} slots are protected but budget={self.budget}; "
                 "raise budget or protect fewer tokens"
             )
+
+    @property
+    def implied(self) -> dict[str, Any]:
+        """The interval, unless said otherwise."""
+        return {"interval": self.default_interval}
+
+    @property
+    def default_interval(self) -> int:
+        """Tokens between evictions unless said otherwise: at most 6 % above the budget."""
+        return max(1, self.budget // 16)
 
     @property
     def occupancy(self) -> Occupancy:
@@ -361,9 +377,7 @@ class Parameter:
 
     def default_for(self, policy: CachePolicy) -> Any:
         """The value that a spec may leave out, given the policy's other parameters."""
-        if self.attribute == "interval" and isinstance(policy, EvictionPolicy):
-            return default_interval(policy.budget)
-        return self.default
+        return policy.implied.get(self.attribute, self.default)
 
     @property
     def kinds(self) -> tuple[type, ...]:
@@ -432,15 +446,11 @@ def _is_moderate(value: Any) -> bool:
     return not isinstance(value, int | float) or abs(value) < 1 << 62
 
 
-def default_interval(budget: int) -> int:
-    """Tokens between evictions unless said otherwise: at most 6 % above the budget."""
-    return max(1, budget // 16)
-
-
 def parameters(cls: type[CachePolicy]) -> dict[str, Parameter]:
     """The spec keys of a policy class, required ones first, in declaration order."""
     hints = get_type_hints(cls)
-    table = {_key(f): Parameter(f.name, hints[f.name], f.default) for f in _own_first(cls)}
+    own_first = (f for f in _own_first(cls) if f.init)
+    table = {_key(f): Parameter(f.name, hints[f.name], f.default) for f in own_first}
     return dict(sorted(table.items(), key=lambda item: not item[1].is_required))
 
 

@@ -26,6 +26,11 @@ BUILT_IN = {
     "h2o": "kvpolicy.policies.h2o:H2O",
     "tova": "kvpolicy.policies.tova:TOVA",
     "random": "kvpolicy.policies.random:Random",
+    "bswa": "kvpolicy.policies.bswa:BSWA",
+    "compressive": "kvpolicy.policies.compressive:Compressive",
+    "centroid": "kvpolicy.policies.centroid:Centroid",
+    "infini": "kvpolicy.policies.infini:Infini",
+    "fam": "kvpolicy.policies.fam:FAM",
 }
 ENTRY_POINT_GROUP = "kvpolicy.policies"
 

@@ -188,7 +188,8 @@ class Host:
             first_kv_head=first_kv_head,
         )
         some_keys = torch.stack([row.k[:, 0] for row in rows])
-        self.slots = Slots.empty(some_keys, some_keys)
+        some_queries = torch.stack([row.q[:, 0] for row in rows])
+        self.slots = self.layer.new_slots(some_queries, some_keys, some_keys)
         self.run = Run([row.q[:, :0] for row in rows], [{} for _ in rows])
 
     def step(self, rows: list[int]) -> None:
@@ -220,7 +221,8 @@ class Host:
             for row, n in enumerate(slots.tokens)
             for x in (slots.keys, slots.values, slots.positions, slots.accumulated)
         ]
-        return State(list(slots.tokens), list(slots.evicted), held)
+        beside = [] if slots.memory is None else [x.clone() for x in slots.memory.tensors()]
+        return State(list(slots.tokens), list(slots.evicted), held + beside)
 
     def _reached(self, rows: list[int]) -> list[tuple[int, int]]:
         return [(row, self.slots.tokens[row]) for row in rows]

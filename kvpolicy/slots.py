@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from kvpolicy.memory.state import Memory
 from kvpolicy.occupancy import Occupancy
 
 _GROWTH = 64
@@ -27,6 +28,7 @@ class Slots:
         accumulated: [B, H_kv, C] float32, the policy's statistic of the slot.
         tokens: Tokens seen, per row.
         evicted: Tokens dropped so far, per row, counted where storage lets go of them.
+        memory: What the policy keeps beside tokens; None if nothing.
     """
 
     keys: Tensor
@@ -35,6 +37,7 @@ class Slots:
     accumulated: Tensor
     tokens: list[int]
     evicted: list[int] = field(default_factory=list)
+    memory: Memory | None = None
 
     def __post_init__(self) -> None:
         """Count from zero unless told otherwise."""
@@ -61,9 +64,10 @@ class Slots:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of storage, per-slot policy state included."""
+        """Bytes of storage, per-slot policy state and memory included."""
         tensors = (self.keys, self.values, self.positions, self.accumulated)
-        return sum(t.numel() * t.element_size() for t in tensors)
+        beside = 0 if self.memory is None else self.memory.num_bytes
+        return beside + sum(t.numel() * t.element_size() for t in tensors)
 
     def reserve(self, num_slots: int, limit: int | None) -> None:
         """Make room for `num_slots` slots per row, growing in steps up to `limit`."""
@@ -86,6 +90,7 @@ class Slots:
             accumulated=self.accumulated[index, :, :num_slots],
             tokens=[self.tokens[row] for row in rows],
             evicted=[self.evicted[row] for row in rows],
+            memory=None if self.memory is None else self.memory.rows(index),
         )
 
     def put_rows(self, rows: list[int], part: "Slots", limit: int | None) -> None:
@@ -95,6 +100,8 @@ class Slots:
         index = slice(None) if every_row else torch.tensor(rows, device=self.keys.device)
         for name in ("keys", "values", "positions", "accumulated"):
             getattr(self, name)[index, :, : part.capacity] = getattr(part, name)
+        if self.memory is not None and part.memory is not None:
+            self.memory.put_rows(index, part.memory)
         for row, tokens, evicted in zip(rows, part.tokens, part.evicted, strict=True):
             self.tokens[row], self.evicted[row] = tokens, evicted
 
@@ -127,6 +134,7 @@ class Slots:
             accumulated=self.accumulated.gather(2, kept),
             tokens=list(self.tokens),
             evicted=[count + self.capacity - kept.shape[-1] for count in self.evicted],
+            memory=self.memory,
         )
 
 

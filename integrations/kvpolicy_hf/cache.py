@@ -93,13 +93,26 @@ class PolicyCache(Cache):
             logical_tokens=tokens,
             retained=tokens - evicted,
             evicted=evicted,
-            slots_held=tokens - evicted,
+            slots_held=tokens - evicted + self.policy.occupancy.state_slots,
             blocks_held=0,
             bytes_held=bytes_held,
             bytes_saved=bytes_full - bytes_held,
             evictions=evicted // self.policy.occupancy.interval,
             policy_seconds=seconds / rows,
+            merged=self._merged(row, evicted),
         ).check(self.policy.occupancy)
+
+    def _merged(self, row: int, evicted: int) -> int | float:
+        """Evicted tokens that memories stand for, mean over layers and KV heads."""
+        counts = [
+            layer.attention.memory_policy.merged(layer.slots.memory, row, evicted)
+            for layer in self._policy_layers
+            if layer.attention.memory_policy is not None
+            and layer.slots is not None
+            and layer.slots.memory is not None
+        ]
+        mean = sum(counts) / max(len(counts), 1)
+        return int(mean) if float(mean).is_integer() else mean
 
     def retained_positions(self, layer: int, row: int = 0) -> Tensor:
         """Positions that a layer holds of a row, [H_kv, kept] int64, ascending."""
@@ -174,7 +187,7 @@ class PolicyLayer(CacheLayerMixin):
         try:
             # Storage outlives the caller's inference mode, and gradients cannot enter it.
             with torch.inference_mode(False), torch.no_grad():
-                slots = Slots.empty(k, v) if self.slots is None else self.slots
+                slots = self.attention.new_slots(q, k, v) if self.slots is None else self.slots
                 output = self._advance(slots, chunk, q, k, v)
         except BaseException:
             self._batch.fail(index)

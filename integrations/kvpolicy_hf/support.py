@@ -5,6 +5,7 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedModel
 
 from kvpolicy import CachePolicy, UnsupportedError
+from kvpolicy.memory.policy import MemoryPolicy
 from kvpolicy.policy import NEEDS
 from kvpolicy.rotary import Rotary
 from kvpolicy_hf.attention import DELEGATES, NAME
@@ -68,8 +69,8 @@ def _unsupported_policy(policy: CachePolicy) -> str | None:
     prefill = getattr(policy, "prefill", "stream")
     if prefill != "stream":
         return f"prefill={prefill} is not supported here yet; use prefill=stream"
-    if policy.occupancy.state_slots:
-        return "memory states are not supported here yet; use a policy that only evicts"
+    if isinstance(policy, MemoryPolicy) and policy.needs_decoder:
+        return "memories that need the model's weights are not supported here yet"
     unknown = sorted(set(policy.needs) - set(NEEDS))
     if unknown:
         return f"it needs {unknown}, and this host shows {NEEDS}; declare needs among these"

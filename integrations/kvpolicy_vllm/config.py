@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvpolicy import CachePolicy, EvictionPolicy, PolicyError, UnsupportedError, parse
+from kvpolicy.memory.policy import MemoryPolicy
 from kvpolicy_vllm.capture import Capture
 
 if TYPE_CHECKING:
@@ -79,6 +80,8 @@ def check_policy(policy: CachePolicy) -> None:
     """
     if isinstance(policy, EvictionPolicy) and policy.prefill != "stream":
         raise UnsupportedError(f"{policy}: vLLM runs prefill=stream only; drop prefill=bulk")
+    if isinstance(policy, MemoryPolicy) and policy.has_memory:
+        raise UnsupportedError(f"{policy}: vLLM keeps no memories yet; use a policy that evicts")
 
 
 def check_engine(vllm_config: "VllmConfig", policy: CachePolicy) -> None:

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from typing import get_args
 
 from kvpolicy import CachePolicy, EvictionPolicy, PolicyError, UnsupportedError
+from kvpolicy.memory.policy import MemoryPolicy
 from kvpolicy.policy import NEEDS
 from kvpolicy.trace import Header, Trace
 from kvpolicy.trace import Sequence as TracedSequence
@@ -42,8 +43,8 @@ def require_supported(header: Header, policies: Sequence[CachePolicy], level: st
 
 def _unsupported(header: Header, policy: CachePolicy) -> str | None:
     """Say why a policy cannot be replayed from a trace."""
-    if policy.occupancy.state_slots:
-        return "memory states are not replayed yet; use a policy that only evicts"
+    if isinstance(policy, MemoryPolicy) and policy.has_memory:
+        return "memories are not replayed yet; use a policy that only evicts"
     if header.query_stride > 1 and (policy.needs or not is_compiled(policy)):
         return (
             f"its decisions need every query and the trace has every {header.query_stride}th; "

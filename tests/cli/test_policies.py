@@ -10,7 +10,12 @@ from kvpolicy.cli import main
 from kvpolicy.cli.policies import HOSTS, capability, describe
 from kvpolicy.policy import parameters
 
-PARAMETERS = {name: {} if name == "full" else {"budget": 64} for name in kvpolicy.available()}
+PARAMETERS = {name: {"budget": 64} for name in kvpolicy.available()} | {
+    "full": {},
+    "bswa": {"block": 16, "segments": 2},
+    "fam": {"block": 16, "segments": 2, "slots": 8},
+    "infini": {"segment": 16},
+}
 
 
 def listed(*arguments: str, capsys: pytest.CaptureFixture[str]) -> list[dict]:

@@ -18,6 +18,22 @@ from oracles.dense import random_score
 from strategies import cases
 
 CONTRACTED = [
+    "bswa:block=4,segments=2",
+    "bswa:block=3,segments=0",
+    "bswa:block=3,segments=1,sinks=2",
+    "compressive:budget=8",
+    "compressive:budget=12,rate=2,fn=max,bias=none",
+    "compressive:budget=8,fn=most-used",
+    "compressive:budget=9,fn=attention,sinks=2",
+    "compressive:budget=9,fn=conv,memory=5,min_similarity=0.2",
+    "centroid:budget=8",
+    "centroid:budget=9,slots=4,sinks=1,bias=none",
+    "fam:block=4,segments=1,slots=3",
+    "fam:block=3,segments=0,slots=4,sinks=1",
+    "infini:segment=5",
+    "infini:segment=5,gate=0.3",
+    "infini:segment=4,gate=0.5,update=delta",
+    "infini:segment=5,gate=calibrated",
     "full",
     "window:budget=16",
     "window:budget=16,protect=(1:3,6:7)",

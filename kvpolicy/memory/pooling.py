@@ -1,0 +1,180 @@
+"""Compression functions: from the tokens of one eviction to fewer memory slots.
+
+A group of c consecutive tokens becomes one slot. Keys are pooled before rotation and rotated
+once, at the group's mean position: pooling rotated keys would scale each frequency w by
+sin(c w / 2) / (c sin(w / 2)) even for equal tokens.
+
+Axes as in `kvpolicy.memory.state`; N groups of c tokens, E = N c.
+"""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvpolicy.errors import PolicyError
+from kvpolicy.memory.parameters import load_parameters
+from kvpolicy.memory.state import Passage, SlotMemory
+
+if TYPE_CHECKING:
+    from kvpolicy.policies.compressive import Compressive
+
+RIDGE = 1e-2
+"""Pull of fitted taps towards the mean's 1 / c, relative to the mean squared regressor."""
+
+
+class Groups(NamedTuple):
+    """Tokens of one eviction in groups, float32.
+
+    Attributes:
+        keys: [B, H_kv, N, c, D] before rotation.
+        values: [B, H_kv, N, c, D].
+        centres: [B, H_kv, N] mean positions.
+        newest: [B, H_kv, N] int64, last positions.
+    """
+
+    keys: Tensor
+    values: Tensor
+    centres: Tensor
+    newest: Tensor
+
+
+def compress(policy: "Compressive", passage: Passage) -> SlotMemory:
+    """Give the slots of one eviction, oldest first; zero mass where a group is dropped."""
+    if policy.fn == "most-used":
+        return most_used(passage, passage.positions.shape[-1] // policy.rate)
+    groups = _groups(passage, policy.rate)
+    match policy.fn:
+        case "mean":
+            pooled = pool(passage, groups, torch.full((policy.rate,), 1 / policy.rate))
+        case "max":
+            pooled = _slots(passage, groups, groups.keys.amax(dim=3), groups.values.amax(dim=3))
+        case "attention":
+            pooled = preserve_attention(passage, groups)
+        case "conv" if policy.weights is not None:
+            pooled = convolve(passage, groups, policy.weights)
+        case "conv":
+            pooled = pool(passage, groups, fitted_taps(passage, groups))
+    is_alike = similarity(groups.keys) >= policy.min_similarity
+    return SlotMemory(pooled.keys, pooled.values, pooled.positions, pooled.mass * is_alike)
+
+
+def most_used(passage: Passage, count: int) -> SlotMemory:
+    """Keep the `count` tokens with most attention per step; equal ones: the newest."""
+    observations = passage.n - passage.positions
+    use = passage.accumulated / observations
+    best = use.argsort(dim=-1, stable=True)[..., -count:]
+    kept = best.sort(dim=-1).values
+    index = kept[..., None].expand(*kept.shape, passage.values.shape[-1])
+    return SlotMemory(
+        keys=passage.rotated_keys.gather(2, index),
+        values=passage.values.gather(2, index),
+        positions=passage.positions.gather(2, kept),
+        mass=torch.ones_like(use.gather(2, kept)),
+    )
+
+
+def pool(passage: Passage, groups: Groups, taps: Tensor) -> SlotMemory:
+    """Mix each group's keys and values by taps, [c] or [B, H_kv, 1, c] float32."""
+    mix = taps.to(groups.keys.device)[..., None]
+    return _slots(passage, groups, (groups.keys * mix).sum(dim=3), (groups.values * mix).sum(dim=3))
+
+
+def fitted_taps(passage: Passage, groups: Groups) -> Tensor:
+    """Taps [B, H_kv, 1, c] that best give the newest token's outputs back (least squares).
+
+    With a_gj the attention of query head g to token j, every group asks for
+    sum_j a_gj v_j = (sum_j a_gj) sum_i w_i v_i; the ridge keeps taps near 1 / c where the
+    attention says little.
+    """
+    rate = groups.values.shape[3]
+    weights = passage.weights(passage.logits(passage.rotated_keys))
+    weights = weights.unflatten(-1, groups.values.shape[2:4])  # [B, H_kv, G, N, c]
+    asked = torch.einsum("bhgnc,bhncd->bhgnd", weights, groups.values)
+    share = weights.sum(dim=-1)  # [B, H_kv, G, N]
+    energy = (share**2).sum(dim=2)  # [B, H_kv, N]
+    gram = torch.einsum("bhn,bhncd,bhned->bhce", energy, groups.values, groups.values)
+    moment = torch.einsum("bhgn,bhgnd,bhncd->bhc", share, asked, groups.values)
+    pull = RIDGE * gram.diagonal(dim1=-2, dim2=-1).mean(dim=-1) + torch.finfo(gram.dtype).tiny
+    gram = gram + pull[..., None, None] * torch.eye(rate, device=gram.device)
+    taps = torch.linalg.solve(gram, moment + (pull / rate)[..., None])
+    return taps[:, :, None]
+
+
+def convolve(passage: Passage, groups: Groups, path: str) -> SlotMemory:
+    """Strided convolution by kernels from a file: [layers, H_kv, c, D, D] for keys and values."""
+    kernels = load_parameters(path)
+    first = passage.setting.first_kv_head
+    heads = slice(first, first + groups.keys.shape[1])
+    shape = (groups.keys.shape[3], *groups.keys.shape[-1:] * 2)
+    keys, values = (
+        _kernel(kernels, path, name, passage.setting.layer, shape)[heads]
+        for name in ("keys", "values")
+    )
+    return _slots(
+        passage,
+        groups,
+        torch.einsum("bhncd,hcde->bhne", groups.keys, keys),
+        torch.einsum("bhncd,hcde->bhne", groups.values, values),
+    )
+
+
+def preserve_attention(passage: Passage, groups: Groups) -> SlotMemory:
+    """Slots that answer the newest token's query heads as their groups do.
+
+    The key is the mean key. A slot's bias matches the group's log-mass, averaged over query
+    heads; its value is the least-squares solution of a'_g v = sum_j a_gj v_j over query heads g,
+    with a'_g the attention the slot gets. Both are exact for one query head (KeepKV,
+    arXiv 2504.09936, section 4).
+    """
+    rate, grouped = groups.values.shape[3], groups.values.shape[2:4]
+    slots = pool(passage, groups, torch.full((rate,), 1 / rate))
+    logits = passage.logits(passage.rotated_keys).unflatten(-1, grouped)  # [B, H_kv, G, N, c]
+    received = passage.logits(slots.keys)  # [B, H_kv, G, N]
+    bias = (logits.logsumexp(dim=-1) - received).mean(dim=2)  # [B, H_kv, N]
+    share = passage.weights(received + bias[:, :, None])
+    asked = torch.einsum(
+        "bhgnc,bhncd->bhgnd",
+        passage.weights(logits.flatten(-2)).unflatten(-1, grouped),
+        groups.values,
+    )
+    energy = (share**2).sum(dim=2).clamp(min=torch.finfo(share.dtype).tiny)
+    values = torch.einsum("bhgn,bhgnd->bhnd", share, asked) / energy[..., None]
+    return SlotMemory(slots.keys, values, slots.positions, bias.exp())
+
+
+def similarity(keys: Tensor) -> Tensor:
+    """Mean cosine of each group's keys [B, H_kv, N, c, D] to their mean; [B, H_kv, N]."""
+    centre = keys.mean(dim=3, keepdim=True)
+    return torch.cosine_similarity(keys, centre, dim=-1).mean(dim=-1)
+
+
+def _groups(passage: Passage, rate: int) -> Groups:
+    positions = passage.positions.unflatten(-1, (-1, rate))
+    return Groups(
+        keys=passage.keys.unflatten(2, (-1, rate)),
+        values=passage.values.unflatten(2, (-1, rate)),
+        centres=positions.double().mean(dim=-1),
+        newest=positions[..., -1],
+    )
+
+
+def _slots(passage: Passage, groups: Groups, keys: Tensor, values: Tensor) -> SlotMemory:
+    """Slots of pooled keys, which are rotated here, and values; each counts for its group."""
+    mass = torch.full(groups.newest.shape, float(groups.keys.shape[3]), device=keys.device)
+    return SlotMemory(
+        passage.setting.rotary.shift(keys, groups.centres), values, groups.newest, mass
+    )
+
+
+def _kernel(
+    kernels: dict[str, Tensor], path: str, name: str, layer: int, shape: tuple[int, ...]
+) -> Tensor:
+    kernel = kernels.get(name)
+    if kernel is None or kernel.dim() != 5 or layer >= len(kernel) or kernel.shape[2:] != shape:
+        got = "none" if kernel is None else tuple(kernel.shape)
+        raise PolicyError(
+            f"{path}: expected kernels {name!r} [layers, H_kv, *{shape}] with layer {layer}, got "
+            f"{got}; fit them to this model and rate"
+        )
+    return kernel[layer].float()

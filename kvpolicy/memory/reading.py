@@ -1,0 +1,45 @@
+"""Attention over tokens and memory together.
+
+Parts of a softmax can be attended apart: each gives its output and the log-sum-exp L of its
+logits, and the whole is sum_i exp(L_i - L) o_i with L = lse(L_i), exactly. A bias that all slots
+of a part share is added to its L alone.
+
+Axes as in `kvpolicy.memory.state`.
+"""
+
+import torch
+from torch import Tensor
+
+from kvpolicy.attention import query_key_products, weighted_values
+from kvpolicy.memory.state import Attended, Question
+
+
+def attend_jointly(
+    question: Question, keys: Tensor, values: Tensor, bias: Tensor, frame: Tensor | None
+) -> Attended:
+    """Attend to memory slots and tokens in one softmax.
+
+    Args:
+        question: Queries, and logits over the tokens that they see.
+        keys: [B, H_kv, M, D] of the memory slots.
+        values: [B, H_kv, M, D] of the memory slots.
+        bias: [B, H_kv, M] added to their logits, -inf for a slot that does not count.
+        frame: Position from which keys are rotated, like `question.evicted`; None if keys lie
+            at their final rotation.
+    """
+    q = question.q if frame is None else question.setting.rotary.shift(question.q, -frame)
+    remembered = query_key_products(q, keys, question.setting.scale) + bias[:, :, None, None]
+    num_slots = keys.shape[2]
+    logits = torch.cat([remembered, question.logits], dim=-1)
+    lse = logits.logsumexp(dim=-1)
+    weights = (logits - lse[..., None]).exp()
+    output = weighted_values(weights[..., :num_slots], values)
+    output += weighted_values(weights[..., num_slots:], question.values)
+    return Attended(output, weights[..., num_slots:], lse)
+
+
+def attend_tokens(question: Question) -> Attended:
+    """Attend to the tokens alone."""
+    lse = question.logits.logsumexp(dim=-1)
+    weights = (question.logits - lse[..., None]).exp()
+    return Attended(weighted_values(weights, question.values), weights, lse)
