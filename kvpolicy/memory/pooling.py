@@ -19,6 +19,8 @@ from kvpolicy.memory.state import Passage, SlotMemory
 if TYPE_CHECKING:
     from kvpolicy.policies.compressive import Compressive
 
+_TINY = torch.finfo(torch.float32).tiny
+
 RIDGE = 1e-2
 """Pull of fitted taps towards the mean's 1 / c, relative to the mean squared regressor."""
 
@@ -95,7 +97,7 @@ def fitted_taps(passage: Passage, groups: Groups) -> Tensor:
     energy = (share**2).sum(dim=2)  # [B, H_kv, N]
     gram = torch.einsum("bhn,bhncd,bhned->bhce", energy, groups.values, groups.values)
     moment = torch.einsum("bhgn,bhgnd,bhncd->bhc", share, asked, groups.values)
-    pull = RIDGE * gram.diagonal(dim1=-2, dim2=-1).mean(dim=-1) + torch.finfo(gram.dtype).tiny
+    pull = RIDGE * gram.diagonal(dim1=-2, dim2=-1).mean(dim=-1) + _TINY
     gram = gram + pull[..., None, None] * torch.eye(rate, device=gram.device)
     taps = torch.linalg.solve(gram, moment + (pull / rate)[..., None])
     return taps[:, :, None]
@@ -122,25 +124,21 @@ def convolve(passage: Passage, groups: Groups, path: str) -> SlotMemory:
 def preserve_attention(passage: Passage, groups: Groups) -> SlotMemory:
     """Slots that answer the newest token's query heads as their groups do.
 
-    The key is the mean key. A slot's bias matches the group's log-mass, averaged over query
-    heads; its value is the least-squares solution of a'_g v = sum_j a_gj v_j over query heads g,
-    with a'_g the attention the slot gets. Both are exact for one query head (KeepKV,
-    arXiv 2504.09936, section 4).
+    Key and value are means weighted by the attention that the newest token gives, and the bias
+    makes up for the log-mass: exact for one query head, a compromise for several. Keys are
+    mixed as rotated: then the bias of one head is the entropy of its weights, between 0 and
+    log c. A mean of keys that ignores the attention takes biases without bound, with which other
+    queries find slots that they should not (see docs/experiments.md).
     """
-    rate, grouped = groups.values.shape[3], groups.values.shape[2:4]
-    slots = pool(passage, groups, torch.full((rate,), 1 / rate))
-    logits = passage.logits(passage.rotated_keys).unflatten(-1, grouped)  # [B, H_kv, G, N, c]
-    received = passage.logits(slots.keys)  # [B, H_kv, G, N]
-    bias = (logits.logsumexp(dim=-1) - received).mean(dim=2)  # [B, H_kv, N]
-    share = passage.weights(received + bias[:, :, None])
-    asked = torch.einsum(
-        "bhgnc,bhncd->bhgnd",
-        passage.weights(logits.flatten(-2)).unflatten(-1, grouped),
-        groups.values,
-    )
-    energy = (share**2).sum(dim=2).clamp(min=torch.finfo(share.dtype).tiny)
-    values = torch.einsum("bhgn,bhgnd->bhnd", share, asked) / energy[..., None]
-    return SlotMemory(slots.keys, values, slots.positions, bias.exp())
+    grouped = groups.values.shape[2:4]
+    logits = passage.logits(passage.rotated_keys)  # [B, H_kv, G, E]
+    weights = passage.weights(logits).sum(dim=2).unflatten(-1, grouped)  # [B, H_kv, N, c]
+    weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=_TINY)
+    keys = (passage.rotated_keys.unflatten(2, grouped) * weights[..., None]).sum(dim=3)
+    values = (groups.values * weights[..., None]).sum(dim=3)
+    mass = logits.unflatten(-1, grouped).logsumexp(dim=-1)  # [B, H_kv, G, N]
+    bias = (mass - passage.logits(keys)).mean(dim=2)
+    return SlotMemory(keys, values, groups.newest, bias.exp())
 
 
 def similarity(keys: Tensor) -> Tensor:
