@@ -62,7 +62,7 @@ def step(layer: AttentionLayer, slots: Slots, q: Tensor, k: Tensor, v: Tensor) -
         if memory is not slots.memory:
             slots.memory = memory
         if kept is not None:
-            slots.put_rows(due, kept, layer.occupancy.capacity)
+            slots.put_rows(due, kept, layer.occupancy.token_capacity)
     return output[:, :, 0].to(q.dtype)
 
 

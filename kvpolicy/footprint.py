@@ -5,10 +5,11 @@ and a pool how many requests find room. Counts are those of a request's fullest 
 which lies inside a step.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from kvpolicy.errors import PolicyError
+from kvpolicy.memory.policy import MemoryPolicy
 from kvpolicy.occupancy import Occupancy
 from kvpolicy.policy import CachePolicy
 
@@ -17,6 +18,28 @@ PAGE_STATE_BYTES = 8
 
 DENSE_STATE_BYTES = 12
 """The same in dense storage (`kvpolicy.slots.Slots`): int64 position, float32 statistic."""
+
+
+FLOAT_BYTES = 4
+"""A number of a memory that is kept beside slots."""
+
+
+def floats_beside(policy: CachePolicy, head_dim: int, group: int) -> int:
+    """Float32 numbers per KV head that a policy keeps beside slots; `group` query heads each."""
+    return policy.memory_floats(head_dim, group) if isinstance(policy, MemoryPolicy) else 0
+
+
+def law_in_pages(law: Occupancy, num_floats: int, block_size: int, cell_bytes: int) -> Occupancy:
+    """The law of slots in vLLM's pages, where numbers beside slots take whole blocks.
+
+    Args:
+        law: The policy's.
+        num_floats: Numbers per KV head, `floats_beside`.
+        block_size: Slots of a block.
+        cell_bytes: Key and value of one slot of one KV head.
+    """
+    blocks = -(-num_floats * FLOAT_BYTES // (block_size * cell_bytes))
+    return replace(law, state_slots=law.state_slots + blocks * block_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,11 +92,15 @@ class Layout:
         """A block in stock vLLM, over all layers: no policy, no state."""
         return block_size * self.token_bytes
 
-    def dense_bytes(self, num_slots: int) -> int:
-        """Slots in dense storage, over all layers, policy state included."""
-        return (
-            num_slots * self.num_layers * self.num_kv_heads * (self.cell_bytes + DENSE_STATE_BYTES)
-        )
+    def dense_bytes(self, num_slots: int, num_floats: int = 0) -> int:
+        """Slots in dense storage, over all layers, policy state included.
+
+        Args:
+            num_slots: Slots of a KV head, those of a memory included.
+            num_floats: Numbers that a memory keeps per KV head beside slots.
+        """
+        per_head = num_slots * (self.cell_bytes + DENSE_STATE_BYTES) + num_floats * FLOAT_BYTES
+        return self.num_layers * self.num_kv_heads * per_head
 
 
 class Footprint(NamedTuple):
@@ -140,24 +167,32 @@ class Pool:
         """Whole blocks that the pool's memory holds."""
         return self.memory // self.block_bytes
 
-    def footprint(self, law: Occupancy, tokens: int) -> Footprint:
-        """Give what a request of `tokens` tokens costs under a law, at its fullest moment."""
+    def footprint(self, law: Occupancy, tokens: int, num_floats: int = 0) -> Footprint:
+        """Give what a request of `tokens` tokens costs under a law, at its fullest moment.
+
+        Args:
+            law: The policy's.
+            tokens: Prompt and output together.
+            num_floats: Numbers per KV head that the policy keeps beside slots.
+        """
         _require_positive(tokens=tokens)
-        blocks, slots = law.num_blocks(tokens, self.block_size), peak_slots(law, tokens)
+        blocks = self._in_pages(law, num_floats).num_blocks(tokens, self.block_size)
+        slots = peak_slots(law, tokens)
         return Footprint(
             tokens=tokens,
             slots=slots,
             blocks=blocks,
             bytes=blocks * self.block_bytes,
-            dense_bytes=self.layout.dense_bytes(slots),
+            dense_bytes=self.layout.dense_bytes(slots, num_floats),
             requests=self.num_blocks // blocks,
         )
 
-    def reach(self, law: Occupancy, positions: int | None) -> Reach:
+    def reach(self, law: Occupancy, positions: int | None, num_floats: int = 0) -> Reach:
         """Give the longest request that fits alone and stays within so many positions.
 
         As vLLM's start-up check does, it leaves out the one block that vLLM never hands out.
         """
+        law = self._in_pages(law, num_floats)
         room = max(0, self.num_blocks - 1) * self.block_size
         if law.capacity is not None and law.capacity <= room:
             return Reach(positions, None if positions is None else "positions")
@@ -165,6 +200,9 @@ class Pool:
         if positions is None or longest < positions:
             return Reach(longest, "pool")
         return Reach(positions, "positions")
+
+    def _in_pages(self, law: Occupancy, num_floats: int) -> Occupancy:
+        return law_in_pages(law, num_floats, self.block_size, self.layout.cell_bytes)
 
 
 def peak_slots(law: Occupancy, tokens: int) -> int:

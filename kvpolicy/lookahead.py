@@ -46,7 +46,7 @@ def extend(layer: AttentionLayer, slots: Slots, q: Tensor, k: Tensor, v: Tensor)
         block = Block(layer, state, *parts)
         outputs.append(block.run())
         state = block.kept()
-    slots.put_rows(list(range(q.shape[0])), state, layer.occupancy.capacity)
+    slots.put_rows(list(range(q.shape[0])), state, layer.occupancy.token_capacity)
     return torch.cat(outputs, dim=2).to(q.dtype)
 
 

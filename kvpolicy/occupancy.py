@@ -28,11 +28,15 @@ class Occupancy:
     state_slots: int = 0
 
     @property
+    def token_capacity(self) -> int | None:
+        """Most token slots ever occupied; None when unbounded."""
+        return None if self.retained is None else self.retained + self.interval
+
+    @property
     def capacity(self) -> int | None:
         """Most slots ever occupied, reserved ones included; None when unbounded."""
-        if self.retained is None:
-            return None
-        return self.retained + self.interval + self.state_slots
+        tokens = self.token_capacity
+        return None if tokens is None else tokens + self.state_slots
 
     def evicted(self, n: Any) -> Any:
         """Tokens evicted once n tokens were processed (int or integer tensor)."""

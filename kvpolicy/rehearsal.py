@@ -235,7 +235,7 @@ class Host:
 
     def _put(self, rows: list[int], slots: Slots) -> None:
         if slots is not self.slots:
-            self.slots.put_rows(rows, slots, self.layer.occupancy.capacity)
+            self.slots.put_rows(rows, slots, self.layer.occupancy.token_capacity)
 
     def _record(self, rows: list[int], output: Tensor, due: list[int]) -> None:
         for index, row in enumerate(rows):

@@ -111,7 +111,7 @@ class Slots:
         `tokens` is left to the caller, who counts the token once it was attended.
         """
         slots = [occupancy.held(n) for n in self.tokens]
-        self.reserve(max(slots) + 1, occupancy.capacity)
+        self.reserve(max(slots) + 1, occupancy.token_capacity)
         device = self.keys.device
         if len(set(slots)) == 1:
             row, slot = slice(None), slots[0]  # a plain copy, several times as fast

@@ -11,6 +11,7 @@ from kvpolicy.cli.output import Output
 from kvpolicy.cli.plan_report import Setting, as_json, make_row, show
 from kvpolicy.errors import PolicyError, UnsupportedError
 from kvpolicy.footprint import Layout, Pool, position_limit
+from kvpolicy.memory.policy import MemoryPolicy
 from kvpolicy.model_facts import ELEMENT_BYTES, ModelFacts, read_model_facts
 from kvpolicy.policy import CachePolicy
 from kvpolicy.spec import shown
@@ -41,7 +42,7 @@ def run(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     policies = with_baselines(options.policy)
     for policy in policies:
-        _require_stream(policy)
+        _require_pages(policy)
     setting = _setting(options, policies)
     output = Output(options.json)
     rows = [make_row(setting, policy) for policy in policies]
@@ -127,7 +128,13 @@ def context_lengths(text: str) -> tuple[int, ...]:
     return tuple(lengths)
 
 
-def _require_stream(policy: CachePolicy) -> None:
+def _require_pages(policy: CachePolicy) -> None:
+    """Refuse policies whose requests vLLM's pages cannot hold."""
+    if isinstance(policy, MemoryPolicy) and policy.needs_decoder:
+        raise UnsupportedError(
+            f"{policy}: its memory needs the layers' weights, which vLLM does not give; it runs in "
+            "transformers and in the simulator"
+        )
     if getattr(policy, "prefill", "stream") != "stream":
         raise UnsupportedError(
             f"{policy}: with prefill=bulk a request's peak is its prompt, and no host runs it yet; "

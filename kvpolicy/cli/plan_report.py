@@ -8,7 +8,7 @@ from typing import Any
 from rich.markup import escape
 
 from kvpolicy.cli.output import Output, size, table
-from kvpolicy.footprint import Footprint, Pool, Reach, position_limit
+from kvpolicy.footprint import Footprint, Pool, Reach, floats_beside, position_limit
 from kvpolicy.ledger import SEMANTICS
 from kvpolicy.model_facts import ModelFacts
 from kvpolicy.occupancy import Occupancy
@@ -79,12 +79,15 @@ def make_row(setting: Setting, policy: CachePolicy) -> Row:
     """Compute everything about one policy."""
     law, pool = policy.occupancy, setting.pool
     limit = position_limit(policy, setting.facts.positions)
-    reached = [pool.footprint(law, n) for n in setting.contexts]
-    peak = law.capacity if limit is None or law.capacity is None else min(law.capacity, limit)
+    group = setting.facts.num_query_heads // setting.facts.num_kv_heads
+    floats = floats_beside(policy, pool.layout.head_dim, group)
+    reached = [pool.footprint(law, n, floats) for n in setting.contexts]
+    peak = law.token_capacity
+    peak = peak if limit is None or peak is None else min(peak, limit)
     return Row(
         policy=policy,
-        peak=None if peak is None else pool.footprint(law, peak),
-        reach=pool.reach(law, limit),
+        peak=None if peak is None else pool.footprint(law, peak, floats),
+        reach=pool.reach(law, limit, floats),
         contexts=tuple(x if limit is None or x.tokens <= limit else None for x in reached),
         against_full=tuple(
             Fraction(FULL.num_blocks(x.tokens, pool.block_size), x.blocks) for x in reached

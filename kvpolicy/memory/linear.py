@@ -42,11 +42,6 @@ class LinearMemory(Memory):
             fits=torch.zeros(rows, heads, shape.group, 5, device=device),
         )
 
-    @staticmethod
-    def num_floats(head_dim: int, value_dim: int, group: int) -> int:
-        """Numbers per KV head of a row."""
-        return head_dim * value_dim + head_dim + 5 * group
-
 
 class Recalled(NamedTuple):
     """What a memory answers.

@@ -77,10 +77,8 @@ class Infini(MemoryPolicy):
         return self.gate != "closed" and self.gate != 0.0
 
     def memory_floats(self, head_dim: int, group: int) -> int:
-        """Matrix, normaliser and the calibration's statistics."""
-        from kvpolicy.memory.linear import LinearMemory
-
-        return LinearMemory.num_floats(head_dim, head_dim, group) if self.has_memory else 0
+        """Matrix, normaliser and the calibration's five statistics of each query head."""
+        return (head_dim + 1) * head_dim + 5 * group if self.has_memory else 0
 
     def new_memory(self, shape: "Shape", setting: "Setting") -> "LinearMemory":
         """Make an empty matrix."""

@@ -308,6 +308,24 @@ def test_tensor_parallel_splits_heads(model: Path, capsys: pytest.CaptureFixture
     assert "3 tensor-parallel ranks" in line
 
 
+def test_memory_that_needs_weights_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """Proves that no blocks are promised for a policy that vLLM does not run."""
+    assert main(["plan", "--policy", "fam:block=16,segments=1,level=model"]) == 2
+    assert "runs in transformers and in the simulator" in capsys.readouterr().err
+
+
+def test_memory_beside_slots_is_counted(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Proves that infini with an open gate costs whole blocks more than with a closed one."""
+    arguments = ("--model", str(model), "--policy", "infini:segment=64")
+    closed, opened = (
+        plan(capsys, *arguments[:-1], arguments[-1] + gate)["results"][-1]
+        for gate in ("", ",gate=0.5")
+    )
+    assert closed["slots_per_request"] == opened["slots_per_request"] == 64
+    for figure in ("blocks_per_request", "dense_bytes_per_request"):
+        assert opened[figure] > closed[figure]
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [

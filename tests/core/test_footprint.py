@@ -17,9 +17,11 @@ from kvpolicy.footprint import (
     PAGE_STATE_BYTES,
     Layout,
     Pool,
+    floats_beside,
     peak_slots,
     position_limit,
 )
+from kvpolicy.rehearsal import HEAD_DIM, Case, Host
 from kvpolicy.slots import Slots
 from strategies import LAWS
 
@@ -260,3 +262,31 @@ def test_default_block_size_is_vllms_on_a_cpu() -> None:
         source,
     )
     assert int(default) == BLOCK_SIZE
+
+
+def test_numbers_beside_slots_take_whole_blocks_from_the_start() -> None:
+    """Proves infini's price by hand: a 64 x 64 matrix, a normaliser and 5 statistics a head."""
+    policy = parse("infini:segment=100,gate=0.5")
+    assert floats_beside(policy, 64, 3) == 64 * 64 + 64 + 5 * 3
+    assert floats_beside(parse("infini:segment=100"), 64, 3) == 0
+    layout = Layout(num_layers=2, num_kv_heads=5, head_dim=64, element_bytes=4)
+    pool = Pool(layout=layout, block_size=16, memory=1 << 24)
+    floats = floats_beside(policy, 64, 3)
+    at = pool.footprint(policy.occupancy, 250, floats)
+    assert at.slots == 100
+    assert at.blocks == 3 + 7  # 4175 numbers fill 2.04 blocks of 2048, 100 tokens 6.25 of 16
+    assert at.dense_bytes == 2 * 5 * (100 * (512 + DENSE_STATE_BYTES) + floats * 4)
+    assert pool.footprint(policy.occupancy, 1, floats).blocks == 3 + 1
+
+
+@pytest.mark.parametrize("spec", ["centroid:budget=40", "infini:segment=24,gate=0.5"])
+def test_dense_bytes_are_those_of_real_memories(spec: str) -> None:
+    """Proves the figure for transformers against storage that a memory policy has filled."""
+    policy, case = parse(spec), Case(lengths=(90, 90), kv_heads=3, group=2)
+    host = Host(policy, case, case.rows())
+    for _ in range(90):
+        host.step([0, 1])
+    law = policy.occupancy
+    layout = Layout(num_layers=1, num_kv_heads=3, head_dim=HEAD_DIM, element_bytes=4)
+    floats = floats_beside(policy, HEAD_DIM, 2)
+    assert host.slots.num_bytes == 2 * layout.dense_bytes(law.capacity, floats)
