@@ -1,7 +1,8 @@
 """``kvpolicy eval``: closed-loop quality of policies, the full cache beside every number."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -9,8 +10,10 @@ from rich.table import Table
 
 from kvpolicy.bundled import bundled_model, heldout_text
 from kvpolicy.cli.arguments import add_policies, command_parser, positive, require, with_baselines
-from kvpolicy.cli.output import Output, figure, table
+from kvpolicy.cli.output import Output, figure, size, table
+from kvpolicy.footprint import Layout, floats_beside, peak_slots
 from kvpolicy.ledger import SEMANTICS
+from kvpolicy.memory.policy import MemoryPolicy
 from kvpolicy.policy import CachePolicy
 
 # The host's types: this package may import hosts only inside functions.
@@ -116,7 +119,8 @@ def _perplexity(
     with output.progress() as steps:
         advance = steps.begin("perplexity", windows.numel() * len(policies), "tokens")
         scores = score_windows(checkpoint.model, windows, policies, advance)
-    output.print(_perplexity_table(scores))
+    bytes_of = partial(_bytes_per_request, checkpoint, options.context)
+    output.print(_perplexity_table(scores, bytes_of))
     output.print(
         f"\n{len(windows)} windows of {options.context} tokens; `against full` is the ratio of "
         "perplexities, two standard errors, paired by window"
@@ -128,6 +132,7 @@ def _perplexity(
             ppl_ratio=score.ratio_interval(scores[0]),
             logit_kl=score.mean_kl,
             top1_agreement=score.mean_agreement,
+            bytes_per_request=bytes_of(score.policy),
             tokens=score.tokens,
             seconds=score.seconds,
         )
@@ -135,13 +140,16 @@ def _perplexity(
     ]
 
 
-def _perplexity_table(scores: Sequence[WindowScores]) -> Table:
+def _perplexity_table(
+    scores: Sequence[WindowScores], bytes_of: Callable[[CachePolicy], int]
+) -> Table:
     """One line per policy."""
-    rows = table("policy", "ppl", "against full", "KL", "top-1", "tokens/s")
+    rows = table("policy", "bytes", "ppl", "against full", "KL", "top-1", "tokens/s")
     for score in scores:
         interval = None if score is scores[0] else score.ratio_interval(scores[0])
         rows.add_row(
             str(score.policy),
+            size(bytes_of(score.policy)),
             figure(score.perplexity),
             "-" if interval is None else f"x {interval[0]:.3f} .. {interval[1]:.3f}",
             figure(score.mean_kl, 4),
@@ -167,10 +175,12 @@ def _passkey(
     with output.progress() as steps:
         advance = steps.begin("passkey", work * len(policies), "tokens")
         scores = score_passkeys(checkpoint.model, questions, policies, pad, advance)
-    rows = table("policy", "passkey", "found", "tokens/s")
+    bytes_of = partial(_bytes_per_request, checkpoint, options.context)
+    rows = table("policy", "bytes", "passkey", "found", "tokens/s")
     for score in scores:
         rows.add_row(
             str(score.policy),
+            size(bytes_of(score.policy)),
             figure(100 * score.accuracy, 0) + " %",
             f"{sum(score.found)}/{len(score.found)}",
             figure(score.tokens / score.seconds, 0),
@@ -181,9 +191,31 @@ def _passkey(
         "a policy cannot know what will be asked when it evicts"
     )
     return [
-        _result(score.policy, passkey=score.accuracy, tokens=score.tokens, seconds=score.seconds)
+        _result(
+            score.policy,
+            passkey=score.accuracy,
+            bytes_per_request=bytes_of(score.policy),
+            tokens=score.tokens,
+            seconds=score.seconds,
+        )
         for score in scores
     ]
+
+
+def _bytes_per_request(checkpoint: Checkpoint, tokens: int, policy: CachePolicy) -> int:
+    """What a request of so many tokens takes at its fullest moment, memory and state included."""
+    config, element_bytes = checkpoint.model.config, checkpoint.model.dtype.itemsize
+    heads, head_dim = config.num_key_value_heads, config.head_dim
+    layout = Layout(
+        num_layers=config.num_hidden_layers,
+        num_kv_heads=heads,
+        head_dim=head_dim,
+        element_bytes=element_bytes,
+    )
+    floats = floats_beside(policy, head_dim, config.num_attention_heads // heads)
+    rows = policy.hidden_rows if isinstance(policy, MemoryPolicy) else 0
+    hidden = config.num_hidden_layers * rows * config.hidden_size * element_bytes
+    return hidden + layout.dense_bytes(peak_slots(policy.occupancy, tokens), floats)
 
 
 def _result(policy: CachePolicy, **measured: Any) -> dict[str, Any]:

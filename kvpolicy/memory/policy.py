@@ -82,6 +82,11 @@ class MemoryPolicy(EvictionPolicy):
         del newest
         return memory
 
+    @property
+    def hidden_rows(self) -> int:
+        """Hidden states of the model's width that a memory keeps per layer."""
+        return 0
+
     def memory_floats(self, head_dim: int, group: int) -> int:
         """Float32 numbers that a memory needs per KV head beside its state slots."""
         del head_dim, group

@@ -116,6 +116,11 @@ class FAM(SlotMemoryPolicy):
         """Rows go through the layer's own weights under level=model."""
         return self.level == "model"
 
+    @property
+    def hidden_rows(self) -> int:
+        """The rows that are fed back, under level=model."""
+        return self.slots if self.level == "model" else 0
+
     def frame(self, evicted: "Tensor") -> "Tensor | None":
         """Position of the token that left last; None under level=model, which rotates anew."""
         return evicted + (self.sinks - 1) if self.level == "kv" else None

@@ -105,6 +105,10 @@ def test_perplexity_json_has_the_contracts_keys(
     assert full["logit_kl"] == pytest.approx(0.0, abs=1e-6)
     assert full["top1_agreement"] == 1.0
     assert window["logit_kl"] > 0.01
+    # 4 layers, 2 KV heads, K and V of 64 float32 numbers, 12 bytes of state; interval 1
+    slot = 4 * 2 * (2 * 64 * 4 + 12)
+    assert window["bytes_per_request"] == sinks["bytes_per_request"] == 17 * slot
+    assert full["bytes_per_request"] == 256 * slot
     assert window["passkey"] is None
 
 
