@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvpolicy.errors import PolicyError
 from kvpolicy.memory.parameters import load_parameters
-from kvpolicy.memory.state import Passage, SlotMemory
+from kvpolicy.memory.state import Passage, Setting, SlotMemory
 
 if TYPE_CHECKING:
     from kvpolicy.policies.compressive import Compressive
@@ -67,12 +67,15 @@ def most_used(passage: Passage, count: int) -> SlotMemory:
     use = passage.accumulated / observations
     best = use.argsort(dim=-1, stable=True)[..., -count:]
     kept = best.sort(dim=-1).values
-    index = kept[..., None].expand(*kept.shape, passage.values.shape[-1])
+
+    def take(x: Tensor) -> Tensor:
+        return x.gather(2, kept[..., None].expand(*kept.shape, x.shape[-1]))
+
     return SlotMemory(
-        keys=passage.rotated_keys.gather(2, index),
-        values=passage.values.gather(2, index),
+        keys=take(passage.rotated_keys),
+        values=take(passage.values),
         positions=passage.positions.gather(2, kept),
-        mass=torch.ones_like(use.gather(2, kept)),
+        mass=torch.ones(kept.shape, device=kept.device),
     )
 
 
@@ -105,14 +108,7 @@ def fitted_taps(passage: Passage, groups: Groups) -> Tensor:
 
 def convolve(passage: Passage, groups: Groups, path: str) -> SlotMemory:
     """Strided convolution by kernels from a file: [layers, H_kv, c, D, D] for keys and values."""
-    kernels = load_parameters(path)
-    first = passage.setting.first_kv_head
-    heads = slice(first, first + groups.keys.shape[1])
-    shape = (groups.keys.shape[3], *groups.keys.shape[-1:] * 2)
-    keys, values = (
-        _kernel(kernels, path, name, passage.setting.layer, shape)[heads]
-        for name in ("keys", "values")
-    )
+    keys, values = load_kernels(path, passage.setting, groups.keys.shape[1], groups.keys.shape[-2:])
     return _slots(
         passage,
         groups,
@@ -165,14 +161,48 @@ def _slots(passage: Passage, groups: Groups, keys: Tensor, values: Tensor) -> Sl
     )
 
 
+def load_kernels(
+    path: str, setting: Setting, kv_heads: int, shape: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """Kernels for keys and for values of a layer's heads here, [H_kv, c, D, D] float32 each.
+
+    Args:
+        path: The file.
+        setting: The layer.
+        kv_heads: H_kv.
+        shape: (c, D).
+
+    Raises:
+        PolicyError: The file does not fit the model or the rate.
+    """
+    kernels = load_parameters(path)
+    heads = slice(setting.first_kv_head, setting.first_kv_head + kv_heads)
+    keys, values = (
+        _kernel(kernels, path, name, setting.layer, heads, (*shape, shape[-1]))
+        for name in ("keys", "values")
+    )
+    return keys, values
+
+
 def _kernel(
-    kernels: dict[str, Tensor], path: str, name: str, layer: int, shape: tuple[int, ...]
+    kernels: dict[str, Tensor],
+    path: str,
+    name: str,
+    layer: int,
+    heads: slice,
+    shape: tuple[int, ...],
 ) -> Tensor:
     kernel = kernels.get(name)
-    if kernel is None or kernel.dim() != 5 or layer >= len(kernel) or kernel.shape[2:] != shape:
+    if (
+        kernel is None
+        or kernel.dim() != 5
+        or layer >= kernel.shape[0]
+        or heads.stop > kernel.shape[1]
+        or kernel.shape[2:] != shape
+    ):
         got = "none" if kernel is None else tuple(kernel.shape)
         raise PolicyError(
-            f"{path}: expected kernels {name!r} [layers, H_kv, *{shape}] with layer {layer}, got "
-            f"{got}; fit them to this model and rate"
+            f"{path}: expected kernels {name!r} [layers, H_kv, *{tuple(shape)}] with layer {layer} "
+            f"and {heads.stop} KV heads, got {got}; fit them to this model and rate"
         )
-    return kernel[layer].float()
+    return kernel[layer, heads].float()
