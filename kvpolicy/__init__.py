@@ -3,6 +3,7 @@
 from kvpolicy.bundled import bundled_model
 from kvpolicy.errors import KVPolicyError, LedgerError, PolicyError, TraceError, UnsupportedError
 from kvpolicy.ledger import SEMANTICS, Ledger
+from kvpolicy.memory.policy import MemoryPolicy, SlotMemoryPolicy
 from kvpolicy.occupancy import Occupancy
 from kvpolicy.policy import Accumulation, CachePolicy, EvictionPolicy, ScorePolicy, View
 from kvpolicy.registry import available, parse, register
@@ -17,9 +18,11 @@ __all__ = [
     "KVPolicyError",
     "Ledger",
     "LedgerError",
+    "MemoryPolicy",
     "Occupancy",
     "PolicyError",
     "ScorePolicy",
+    "SlotMemoryPolicy",
     "TraceError",
     "UnsupportedError",
     "View",

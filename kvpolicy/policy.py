@@ -216,11 +216,11 @@ class EvictionPolicy(CachePolicy):
                 f"{self}: rope=reindex is exact only where the kept tokens are the first and "
                 "the most recent ones (window, sinks, without protect); use rope=keep"
             )
-        protected = self.protected_slots
-        if protected > self.budget:
+        protected, room = self.protected_slots, self.occupancy.retained
+        if room is None or room < 0 or protected > room:
             raise PolicyError(
-                f"{self.label}: {protected} slots are protected but budget={self.budget}; "
-                "raise budget or protect fewer tokens"
+                f"{self.label}: {protected} slots are protected but budget={self.budget} has "
+                f"room for {room} tokens; raise budget or protect fewer tokens"
             )
 
     @property

@@ -18,6 +18,7 @@ from oracles.dense import random_score
 from strategies import cases
 
 CONTRACTED = [
+    "fixtures.policies.Digest:budget=9",
     "bswa:block=4,segments=2",
     "bswa:block=3,segments=0",
     "bswa:block=3,segments=1,sinks=2",
