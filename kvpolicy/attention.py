@@ -6,6 +6,7 @@ D head dimension. Logits and weights are float32 whatever the cache's dtype.
 
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -60,7 +61,7 @@ class AttentionLayer:
     decoder: Decoder | None = None
     stopwatch: Stopwatch = field(default_factory=Stopwatch, compare=False, repr=False)
 
-    @property
+    @cached_property
     def occupancy(self) -> Occupancy:
         """The policy's occupancy law."""
         return self.policy.occupancy
@@ -70,7 +71,7 @@ class AttentionLayer:
         """The policy if it ever evicts."""
         return self.policy if isinstance(self.policy, EvictionPolicy) else None
 
-    @property
+    @cached_property
     def memory_policy(self) -> MemoryPolicy | None:
         """The policy if it keeps a memory beside tokens."""
         policy = self.policy
@@ -98,7 +99,7 @@ class AttentionLayer:
         slots.memory = policy.new_memory(Shape.of(q, k, v), self.setting)
         return slots
 
-    @property
+    @cached_property
     def setting(self) -> Setting:
         """The layer as memories see it."""
         if self.rotary is None:
@@ -149,7 +150,7 @@ class AttentionLayer:
             query: [B, H, D] of the newest token.
             lse: [B, H_kv, G] of its logits.
         """
-        last = slots.positions.amax() + 1
+        last = torch.iinfo(torch.int64).max  # past what unwritten slots may hold
         order = slots.positions.where(chosen, last).argsort(dim=-1)[..., :count]
         taken = slots.keep(order)
         return Passage(

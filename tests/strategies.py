@@ -71,7 +71,9 @@ HOSTILE_SPECS = st.one_of(
 @st.composite
 def attended_specs(draw: st.DrawFn, names: tuple[str, ...] = ()) -> str:
     """Draw a spec of any built-in policy that evicts, with small numbers."""
-    name = draw(st.sampled_from(names or ("window", "sinks", "h2o", "tova", "random")))
+    name = draw(st.sampled_from(names or ("window", "sinks", "h2o", "tova", "random", "bswa")))
+    if name == "bswa":
+        return draw(_spec("bswa"))
     budget = draw(st.integers(6, 12))
     parts = [f"budget={budget}", f"interval={draw(st.integers(1, 15))}"]
     if draw(st.booleans()):
@@ -80,13 +82,34 @@ def attended_specs(draw: st.DrawFn, names: tuple[str, ...] = ()) -> str:
     return f"{name}:{','.join(parts)}"
 
 
-def _keys(**choices: list[Any]) -> st.SearchStrategy[list[str]]:
-    """Draw some keys, each with one of its values."""
+def _keys(*, required: bool = False, **choices: list[Any]) -> st.SearchStrategy[list[str]]:
+    """Draw some keys, or all if they are required, each with one of its values."""
     options = [
-        st.sampled_from([[], *([f"{key}={value}"] for value in found)])
+        st.sampled_from([*([] if required else [[]]), *([f"{key}={value}"] for value in found)])
         for key, found in choices.items()
     ]
     return st.tuples(*options).map(lambda found: [part for parts in found for part in parts])
+
+
+@st.composite
+def memory_specs(draw: st.DrawFn) -> str:
+    """Draw a spec of any policy that keeps something beside tokens, with small numbers."""
+    return draw(_spec(draw(st.sampled_from(["compressive", "centroid", "fam", "infini"]))))
+
+
+@st.composite
+def feedback_specs(draw: st.DrawFn) -> str:
+    """Draw a spec of fam:level=model."""
+    keys = _keys(slots=[1, 3, 6], segments=[0, 1, 2], block=[1, 3, 5], required=True)
+    optional = _keys(sinks=[1, 2], query=["previous"])
+    return f"fam:level=model,{','.join(draw(keys) + draw(optional))}"
+
+
+def _spec(name: str) -> st.SearchStrategy[str]:
+    """Draw a spec of blocks or of a memory."""
+    return st.tuples(*_BESIDE_TOKENS[name]).map(
+        lambda parts: f"{name}:{','.join(item for part in parts for item in part)}"
+    )
 
 
 _PROTECTED = {"sinks": [1, 2], "recent": [0, 1, 3, 0.25, 0.4]}
@@ -103,6 +126,40 @@ _OWN_KEYS = {
             **_PROTECTED, score=["mean", "relative"], decay=[0.5, 0.9], group_pool=["max", "sum"]
         ),
         _keys(**_PROTECTED, score=["mean"], decay=[0.9]).map(lambda keys: [*keys, "scope=layer"]),
+    ),
+}
+
+
+_BUDGET = _keys(budget=[9, 10, 12, 14], required=True)
+_POOLED = {"bias": ["none"], "min_similarity": [0.5, 0.7]}
+_FUNCTIONS = st.one_of(
+    _keys(**_POOLED),
+    _keys(**_POOLED).map(lambda keys: [*keys, "fn=max"]),
+    _keys(**_POOLED).map(lambda keys: [*keys, "fn=conv"]),
+    _keys(min_similarity=[0.5]).map(lambda keys: [*keys, "fn=attention"]),
+    st.just(["fn=most-used"]),
+)
+_BESIDE_TOKENS = {
+    "bswa": (
+        _keys(block=[1, 2, 3, 5, 8], segments=[0, 1, 2, 3], required=True),
+        _keys(sinks=[1, 2]),
+    ),
+    "compressive": (
+        _BUDGET,
+        _keys(interval=[1, 2, 4, 7, 12], rate=[1, 2, 4], memory=[0, 1, 3, 0.25], sinks=[1, 2]),
+        _FUNCTIONS,
+    ),
+    "centroid": (
+        _BUDGET,
+        _keys(interval=[2, 5, 11], slots=[0, 1, 3, 0.5], sinks=[1, 2], bias=["none"]),
+    ),
+    "fam": (
+        _keys(block=[1, 2, 3, 5], segments=[0, 1, 2], slots=[0, 1, 3, 6], required=True),
+        _keys(sinks=[1, 2], bias=["none"]),
+    ),
+    "infini": (
+        _keys(segment=[1, 2, 3, 5, 8], required=True),
+        _keys(gate=["0.0", 0.3, 1, "calibrated", "closed"], update=["delta"]),
     ),
 }
 

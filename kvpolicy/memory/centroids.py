@@ -10,7 +10,7 @@ from torch.nn.functional import one_hot
 from kvpolicy.memory.state import Passage, SlotMemory
 
 
-def absorb(memory: SlotMemory, passage: Passage, offsets: Tensor) -> SlotMemory:
+def absorb(memory: SlotMemory, passage: Passage, offsets: Tensor | None) -> SlotMemory:
     """Let every token join the slot whose key answers its own best.
 
     The first tokens ever fill the empty slots one by one. Every other token j goes to
@@ -21,16 +21,19 @@ def absorb(memory: SlotMemory, passage: Passage, offsets: Tensor) -> SlotMemory:
     Args:
         memory: With M > 0 slots, whose keys are rotated by `offsets` for good.
         passage: The tokens.
-        offsets: [M] positions.
+        offsets: [M] positions; None if slots hold keys before rotation.
     """
     keys, rotary = passage.keys, passage.setting.rotary
-    raw = rotary.shift(memory.keys.float(), -offsets)  # [B, H_kv, M, D], for comparison only
+    raw = memory.keys.float()  # [B, H_kv, M, D]
+    if offsets is not None:
+        raw = rotary.shift(raw, -offsets)  # for comparison only
     owners = assign(raw, memory.mass, keys)  # [B, H_kv, E, M]
     added = owners.transpose(-1, -2)
     mass = memory.mass + owners.sum(dim=2)
     share = 1 / mass.clamp(min=1.0)[..., None]
     before = memory.mass[..., None] * share
-    new_keys = rotary.shift(added @ keys, offsets) * share
+    joined = added @ keys
+    new_keys = (joined if offsets is None else rotary.shift(joined, offsets)) * share
     is_touched = owners.amax(dim=2) > 0
     newest = (passage.positions[..., None] * owners.long()).amax(dim=2)
     return SlotMemory(

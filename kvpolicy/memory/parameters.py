@@ -28,11 +28,11 @@ def load_parameters(path: str) -> dict[str, Tensor]:
 
     try:
         size = Path(path).stat().st_size
-        if size > _MAX_BYTES:
-            raise PolicyError(f"{path}: {size} bytes are too many for a policy's parameters")
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
+        tensors = load_file(path) if size <= _MAX_BYTES else {}
+    except (OSError, ValueError, SafetensorError) as error:  # a NUL in a path is a ValueError
         raise PolicyError(f"{path}: cannot read parameters: {error}") from error
+    if size > _MAX_BYTES:
+        raise PolicyError(f"{path}: {size} bytes are too many for a policy's parameters")
     for name, tensor in tensors.items():
         if not (tensor.is_floating_point() and bool(tensor.isfinite().all())):
             raise PolicyError(f"{path}: tensor {name!r} must hold finite floats")

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     )
 
 
+PARAMETER_SUFFIX = ".safetensors"
+"""What names of files with fitted or trained parameters end in."""
+
+
 class MemoryPolicy(EvictionPolicy):
     """A window that hands the tokens leaving it over to a memory.
 

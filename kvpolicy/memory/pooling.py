@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 _TINY = torch.finfo(torch.float32).tiny
 
+_LARGEST_BIAS = 80.0
+"""The exponential of more than 88 is infinite in float32; heads that disagree may ask for it."""
+
 RIDGE = 1e-2
 """Pull of fitted taps towards the mean's 1 / c, relative to the mean squared regressor."""
 
@@ -57,6 +60,8 @@ def compress(policy: "Compressive", passage: Passage) -> SlotMemory:
             pooled = convolve(passage, groups, policy.weights)
         case "conv":
             pooled = pool(passage, groups, fitted_taps(passage, groups))
+    if policy.min_similarity == -1.0:  # no cosine is lower
+        return pooled
     is_alike = similarity(groups.keys) >= policy.min_similarity
     return SlotMemory(pooled.keys, pooled.values, pooled.positions, pooled.mass * is_alike)
 
@@ -93,8 +98,9 @@ def fitted_taps(passage: Passage, groups: Groups) -> Tensor:
     attention says little.
     """
     rate = groups.values.shape[3]
-    weights = passage.weights(passage.logits(passage.rotated_keys))
-    weights = weights.unflatten(-1, groups.values.shape[2:4])  # [B, H_kv, G, N, c]
+    relative = passage.logits(passage.rotated_keys) - passage.lse[..., None]
+    relative = relative - relative.amax(dim=(2, 3), keepdim=True)  # no common factor matters
+    weights = relative.exp().unflatten(-1, groups.values.shape[2:4])  # [B, H_kv, G, N, c]
     asked = torch.einsum("bhgnc,bhncd->bhgnd", weights, groups.values)
     share = weights.sum(dim=-1)  # [B, H_kv, G, N]
     energy = (share**2).sum(dim=2)  # [B, H_kv, N]
@@ -128,12 +134,12 @@ def preserve_attention(passage: Passage, groups: Groups) -> SlotMemory:
     """
     grouped = groups.values.shape[2:4]
     logits = passage.logits(passage.rotated_keys)  # [B, H_kv, G, E]
-    weights = passage.weights(logits).sum(dim=2).unflatten(-1, grouped)  # [B, H_kv, N, c]
-    weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=_TINY)
+    received = (logits - passage.lse[..., None]).logsumexp(dim=2)  # [B, H_kv, E], no underflow
+    weights = received.unflatten(-1, grouped).softmax(dim=-1)  # [B, H_kv, N, c]
     keys = (passage.rotated_keys.unflatten(2, grouped) * weights[..., None]).sum(dim=3)
     values = (groups.values * weights[..., None]).sum(dim=3)
     mass = logits.unflatten(-1, grouped).logsumexp(dim=-1)  # [B, H_kv, G, N]
-    bias = (mass - passage.logits(keys)).mean(dim=2)
+    bias = (mass - passage.logits(keys)).mean(dim=2).clamp(max=_LARGEST_BIAS)
     return SlotMemory(keys, values, groups.newest, bias.exp())
 
 

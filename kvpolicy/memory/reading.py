@@ -31,8 +31,7 @@ def attend_jointly(
     remembered = query_key_products(q, keys, question.setting.scale) + bias[:, :, None, None]
     num_slots = keys.shape[2]
     logits = torch.cat([remembered, question.logits], dim=-1)
-    lse = logits.logsumexp(dim=-1)
-    weights = (logits - lse[..., None]).exp()
+    weights, lse = _softmax(logits)
     output = weighted_values(weights[..., :num_slots], values)
     output += weighted_values(weights[..., num_slots:], question.values)
     return Attended(output, weights[..., num_slots:], lse)
@@ -40,6 +39,11 @@ def attend_jointly(
 
 def attend_tokens(question: Question) -> Attended:
     """Attend to the tokens alone."""
-    lse = question.logits.logsumexp(dim=-1)
-    weights = (question.logits - lse[..., None]).exp()
+    weights, lse = _softmax(question.logits)
     return Attended(weighted_values(weights, question.values), weights, lse)
+
+
+def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax over the last axis, and the log-sum-exp read off its largest weight."""
+    weights = logits.softmax(dim=-1)
+    return weights, logits.amax(dim=-1) - weights.amax(dim=-1).log()

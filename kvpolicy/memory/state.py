@@ -169,10 +169,6 @@ class Passage:
         """The newest token's logits over rotated keys [B, H_kv, X, D]; [B, H_kv, G, X]."""
         return self.query * self.setting.scale @ keys.transpose(-1, -2)
 
-    def weights(self, logits: Tensor) -> Tensor:
-        """What the newest token's attention gives logits [B, H_kv, G, X]."""
-        return (logits - self.lse[..., None]).exp()
-
 
 @dataclass(frozen=True)
 class Question:

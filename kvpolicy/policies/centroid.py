@@ -62,11 +62,7 @@ class Centroid(SlotMemoryPolicy):
 
     def absorb(self, memory: "Memory", passage: "Passage") -> "SlotMemory":
         """Assign the evicted tokens and move the centroids."""
-        import torch
-
         from kvpolicy.memory import centroids
         from kvpolicy.memory.state import slots_of
 
-        slots = slots_of(memory)
-        offsets = torch.zeros(slots.mass.shape[-1], dtype=torch.int64, device=slots.mass.device)
-        return centroids.absorb(slots, passage, offsets)
+        return centroids.absorb(slots_of(memory), passage, offsets=None)

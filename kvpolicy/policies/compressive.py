@@ -4,11 +4,11 @@ import math
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from kvpolicy.errors import PolicyError
-from kvpolicy.memory.policy import SlotMemoryPolicy, memory_slots
+from kvpolicy.memory.policy import PARAMETER_SUFFIX, SlotMemoryPolicy, memory_slots
 from kvpolicy.occupancy import Occupancy
 
 if TYPE_CHECKING:
-    from kvpolicy.memory.state import Memory, Passage, SlotMemory
+    from kvpolicy.memory.state import Memory, Passage, Setting, Shape, SlotMemory
 
 
 class Compressive(SlotMemoryPolicy):
@@ -79,6 +79,11 @@ class Compressive(SlotMemoryPolicy):
             raise PolicyError("compressive: fn=attention fits each slot's bias; drop bias=none")
         if self.weights is not None and self.fn != "conv":
             raise PolicyError(f"compressive: weights are kernels of fn=conv; got fn={self.fn}")
+        if self.weights is not None and not self.weights.endswith(PARAMETER_SUFFIX):
+            raise PolicyError(
+                f"compressive: weights must be a file that ends in {PARAMETER_SUFFIX}, got "
+                f"{self.weights!r}"
+            )
         if self.protect:
             raise PolicyError(
                 "compressive: groups are consecutive tokens, which protect would break; drop "
@@ -103,6 +108,14 @@ class Compressive(SlotMemoryPolicy):
     def sink_slots(self) -> int:
         """Number of first tokens that are never evicted."""
         return self.sinks
+
+    def new_memory(self, shape: "Shape", setting: "Setting") -> "SlotMemory":
+        """Make empty slots."""
+        if self.weights is not None:
+            from kvpolicy.memory.pooling import load_kernels
+
+            load_kernels(self.weights, setting, shape.kv_heads, (self.rate, shape.head_dim))
+        return super().new_memory(shape, setting)
 
     def absorb(self, memory: "Memory", passage: "Passage") -> "SlotMemory":
         """Compress the evicted tokens, group by group, and push them."""

@@ -4,7 +4,7 @@ from dataclasses import field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from kvpolicy.errors import PolicyError
-from kvpolicy.memory.policy import MemoryPolicy
+from kvpolicy.memory.policy import PARAMETER_SUFFIX, MemoryPolicy
 from kvpolicy.occupancy import Occupancy
 
 if TYPE_CHECKING:
@@ -60,8 +60,16 @@ class Infini(MemoryPolicy):
         """Refuse segments that are none and gates beyond open."""
         if self.segment < 1:
             raise PolicyError(f"infini: segment must be at least 1, got {self.segment}")
-        if not isinstance(self.gate, str) and not 0.0 <= self.gate <= 1.0:
-            raise PolicyError(f"infini: gate must lie in 0.0..1.0, got {self.gate}")
+        named = ("closed", "calibrated")
+        if isinstance(self.gate, str):
+            is_known = self.gate in named or self.gate.endswith(PARAMETER_SUFFIX)
+        else:
+            is_known = 0.0 <= self.gate <= 1.0
+        if not is_known:
+            raise PolicyError(
+                f"infini: gate must be {', '.join(named)}, a number in 0.0..1.0, or a file of "
+                f"trained gates that ends in {PARAMETER_SUFFIX}, got {self.gate!r}"
+            )
         if self.protect:
             raise PolicyError("infini: it frees whole segments; drop protect")
         super().validate()

@@ -8,7 +8,6 @@ sequence, S slots held, D head_dim. Slots stay in ascending position order.
 """
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,155 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-Array = NDArray[np.float64]
+from oracles.arithmetic import NEAR_TIE, Array, relative_gap, rotate, softmax
+from oracles.memory import Given, make_memory
+from oracles.slots import Memory, Query, Tokens
+from oracles.specs import Spec, parse, token_slots
+
 Positions = tuple[int, ...]
 Retained = tuple[Positions, ...]
 """Positions held by each KV head, ascending."""
-
-NEAR_TIE = 1e-3
-"""Relative score difference below which two hosts may legally disagree."""
-
-RESOLUTION = 1e-35
-"""Scores this small count as equal: a float32 host underflows near 1e-38."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Spec:
-    """What a spec string says, with every default filled in."""
-
-    name: str
-    budget: int | None = None
-    interval: int = 1
-    sinks: int = 0
-    recent: int = 0
-    protect: tuple[tuple[int, int], ...] = ()
-    scope: str = "layer"
-    group_pool: str = "mean"
-    score: str = "sum"
-    decay: float = 1.0
-    seed: int = 0
-    rope: str = "keep"
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether scores are integers, so that rounding excuses no difference."""
-        return self.name not in ("h2o", "tova")
-
-
-COMMON = {"budget", "interval", "prefill", "protect", "rope", "rope_beyond"}
-SCORED = COMMON | {"sinks", "recent", "scope", "group_pool"}
-KEYS = {
-    "full": {"prefill", "rope", "rope_beyond"},
-    "window": COMMON,
-    "sinks": COMMON | {"sinks"},
-    "h2o": SCORED | {"score", "decay"},
-    "tova": SCORED,
-    "random": COMMON | {"sinks", "recent", "seed"},
-}
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "sinks": {"sinks": 4},
-    "h2o": {"recent": 0.5, "scope": "head"},
-    "random": {"scope": "head"},
-}
-CHOICES = {
-    "scope": {"head", "layer"},
-    "group_pool": {"mean", "max", "sum"},
-    "score": {"sum", "mean", "relative"},
-    "rope": {"keep", "reindex"},
-    "prefill": {"stream"},
-}
-
-
-def parse(text: str) -> Spec:
-    """Read a spec such as `h2o:budget=16,recent=0.5,protect=(0:2,5:6)`."""
-    name, _, rest = text.partition(":")
-    given = dict(_read_pair(name, pair) for pair in _split_outside_parentheses(rest))
-    values = DEFAULTS.get(name, {}) | given
-    if values.get("scope", "layer") == "layer" and "group_pool" in given:
-        raise ValueError(f"{text}: scope=layer is the mean over all query heads; drop group_pool")
-    values.pop("prefill", None)
-    values.pop("rope_beyond", None)
-    if name == "full":
-        return Spec(name=name, **values)
-    if "budget" not in given:
-        raise ValueError(f"{text}: a budget is required")
-    budget = values["budget"]
-    values["recent"] = _count(values.get("recent", 0), budget)
-    values.setdefault("interval", max(1, budget // 16))
-    return _checked(Spec(name=name, **values))
-
-
-def _split_outside_parentheses(text: str) -> list[str]:
-    return re.split(r",(?![^(]*\))", text) if text else []
-
-
-def _read_pair(name: str, pair: str) -> tuple[str, Any]:
-    key, _, word = pair.partition("=")
-    if name not in KEYS:
-        raise ValueError(f"the oracle knows {sorted(KEYS)}; got {name!r}")
-    if key not in KEYS[name]:
-        raise ValueError(f"{name} takes {sorted(KEYS[name])}; got {key!r}")
-    if key in CHOICES and word not in CHOICES[key]:
-        raise ValueError(f"{name}: {key} is one of {sorted(CHOICES[key])} here; got {word!r}")
-    return key, _read_value(word)
-
-
-def _read_value(word: str) -> Any:
-    if word.startswith("("):
-        spans = (span.split(":") for span in word[1:-1].split(","))
-        return tuple((int(start), int(stop)) for start, stop in spans)
-    for read in (int, float):
-        try:
-            return read(word)
-        except ValueError:
-            continue
-    return word
-
-
-def _count(tokens: int | float, budget: int) -> int:
-    """Turn `recent` into tokens: an int is a count, a float a share of the budget."""
-    return tokens if isinstance(tokens, int) else math.floor(tokens * budget)
-
-
-def _checked(spec: Spec) -> Spec:
-    assert spec.budget is not None
-    pinned = set(range(spec.sinks)).union(*(range(*span) for span in spec.protect))
-    if spec.budget < 1 or spec.interval < 1:
-        raise ValueError(f"budget and interval are at least 1: got {spec}")
-    if spec.name == "sinks" and spec.budget <= spec.sinks:
-        raise ValueError(f"budget must exceed sinks: got {spec}")
-    if len(pinned) + spec.recent > spec.budget:
-        raise ValueError(f"more protected tokens than budget: got {spec}")
-    return spec
-
-
-def token_slots(num_tokens: int, spec: Spec) -> int:
-    """Token slots held after `num_tokens` tokens: the occupancy law."""
-    if spec.budget is None or num_tokens < spec.budget + spec.interval:
-        return num_tokens
-    return spec.budget + (num_tokens - spec.budget) % spec.interval
-
-
-def rotate(x: Array, positions: ArrayLike, theta: float) -> Array:
-    """Apply RoPE in the half-split ("rotate_half") convention.
-
-    Args:
-        x: un-rotated vectors, [..., D].
-        positions: one position per vector, broadcastable to x's shape without D.
-        theta: base of the geometric frequencies.
-    """
-    half = x.shape[-1] // 2
-    frequencies = theta ** (-np.arange(half) / half)  # [D/2]
-    angles = np.asarray(positions, np.float64)[..., None] * frequencies  # [..., D/2]
-    cos, sin = np.cos(angles), np.sin(angles)
-    first, second = x[..., :half], x[..., half:]
-    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-
-
-def softmax(logits: Array) -> Array:
-    """Normalise over the last axis."""
-    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return weights / weights.sum(axis=-1, keepdims=True)
 
 
 def pool(weights: Array, spec: Spec) -> Array:
@@ -228,11 +86,6 @@ class Candidates:
         return [float(score) for score in self.scores[chosen]]
 
 
-def relative_gap(high: float, low: float) -> float:
-    """Return how far `high` lies above `low`, relative to the larger magnitude."""
-    return (high - low) / max(abs(high), abs(low), RESOLUTION)
-
-
 def decision_margin(slots: Candidates, kept: set[int], evicted: set[int]) -> float:
     """Return the relative gap between the lowest kept and the highest evicted score."""
     rivals = slots.free_scores(kept)
@@ -255,13 +108,17 @@ class LayerOracle:
 
     With `theta` it takes un-rotated queries and keys and rotates them itself, by
     position (rope=keep) or by rank among the visible slots (rope=reindex). Without,
-    they are used as given. `scale` defaults to 1 / sqrt(D).
+    they are used as given; `rotated_by` is then the base by which they were rotated, for
+    memories, which need them un-rotated. `scale` defaults to 1 / sqrt(D).
     """
 
     spec: Spec
     layer: int = 0
     scale: float | None = None
     theta: float | None = None
+    rotated_by: float | None = None
+    given: Given = field(default_factory=Given)
+    memory: Memory | None = field(default=None, init=False)
     num_tokens: int = field(default=0, init=False)
     near_ties: int = field(default=0, init=False)
     evictions: list[Eviction] = field(default_factory=list, init=False)
@@ -269,6 +126,8 @@ class LayerOracle:
     def __post_init__(self) -> None:
         if self.spec.rope == "reindex" and self.theta is None:
             raise ValueError("rope=reindex needs un-rotated keys and theta")
+        if self.spec.has_memory and (self.theta is None) == (self.rotated_by is None):
+            raise ValueError("a memory needs either theta or rotated_by")
 
     @property
     def retained(self) -> Retained:
@@ -277,8 +136,10 @@ class LayerOracle:
 
     @property
     def min_margin(self) -> float:
-        """The closest decision so far."""
-        return min((eviction.margin for eviction in self.evictions), default=math.inf)
+        """The closest decision so far, the memory's included."""
+        margins = [eviction.margin for eviction in self.evictions]
+        margins += [] if self.memory is None else self.memory.margins
+        return min(margins, default=math.inf)
 
     def step(
         self,
@@ -305,12 +166,48 @@ class LayerOracle:
         """
         q, k, v = (np.asarray(x, np.float64) for x in (q_t, k_t, v_t))
         self._append(k, v)
+        host = None if host_retained is None else [set(map(int, row)) for row in host_retained]
+        if self.memory is not None:
+            return self._step_with_memory(self.memory, q, host)
         weights = self._attend(q)  # [H_kv, G, S]
         outputs = (weights @ self.values).reshape(q.shape)
         self._observe(weights)
-        host = None if host_retained is None else [set(map(int, row)) for row in host_retained]
         self._evict(host)
         return outputs
+
+    def _step_with_memory(self, memory: Memory, q: Array, theirs: list[set[int]] | None) -> Array:
+        """Attend to tokens and memory, then evict and let the memory absorb what went."""
+        queries, tokens = self._queries(q), self._tokens()
+        answers = [memory.attend(h, queries[h], tokens[h]) for h in range(len(queries))]
+        self._observe(np.stack([answer.weights for answer in answers]))
+        tokens = self._tokens()
+        memory.reflect(self.num_tokens, tokens)
+        self._evict(theirs)
+        for head, kept in enumerate(self.retained):
+            gone = ~np.isin(tokens[head].positions, kept)
+            if gone.any():
+                memory.absorb(head, queries[head], tokens[head].take(gone), answers[head])
+        return np.concatenate([answer.outputs for answer in answers])
+
+    def _queries(self, q: Array) -> list[Query]:
+        """The newest token's queries [H, D], per KV head."""
+        position = self.num_tokens - 1
+        evicted = position - token_slots(position, self.spec)
+        raw, rotated = self._raw_and_rotated(q, position)
+        groups = (x.reshape(len(self.keys), -1, x.shape[-1]) for x in (raw, rotated))
+        return [Query(*pair, position, evicted) for pair in zip(*groups, strict=True)]
+
+    def _tokens(self) -> list[Tokens]:
+        """Tokens held, per KV head."""
+        raw, rotated = self._raw_and_rotated(self.keys, self.positions)
+        columns = (self.positions, raw, rotated, self.values, self.accumulated)
+        return [Tokens(*row) for row in zip(*columns, strict=True)]
+
+    def _raw_and_rotated(self, x: Array, positions: ArrayLike) -> tuple[Array, Array]:
+        if self.theta is not None:
+            return x, rotate(x, positions, self.theta)
+        assert self.rotated_by is not None, "checked at construction"
+        return rotate(x, -np.asarray(positions), self.rotated_by), x
 
     def _append(self, k: Array, v: Array) -> None:
         num_kv_heads, head_dim = k.shape
@@ -319,6 +216,7 @@ class LayerOracle:
             self.accumulated = np.empty((num_kv_heads, 0))
             self.keys = np.empty((num_kv_heads, 0, head_dim))
             self.values = np.empty((num_kv_heads, 0, v.shape[-1]))
+            self.memory = self._new_memory(num_kv_heads, head_dim)
         column = np.full((num_kv_heads, 1), self.num_tokens)
         self.positions = np.concatenate([self.positions, column], axis=1)
         self.accumulated = np.concatenate([self.accumulated, np.zeros_like(column)], axis=1)
@@ -326,11 +224,20 @@ class LayerOracle:
         self.values = np.concatenate([self.values, v[:, None]], axis=1)
         self.num_tokens += 1
 
+    def _new_memory(self, num_kv_heads: int, head_dim: int) -> Memory | None:
+        theta = self.rotated_by if self.theta is None else self.theta
+        if not self.spec.has_memory or theta is None:
+            return None
+        scale = self._scale(head_dim)
+        return make_memory(self.spec, self.layer, num_kv_heads, scale, theta, self.given)
+
+    def _scale(self, head_dim: int) -> float:
+        return head_dim**-0.5 if self.scale is None else self.scale
+
     def _attend(self, q: Array) -> Array:
         """Return the attention weights of queries [H, D] as [H_kv, G, S]."""
         num_kv_heads, num_slots, head_dim = self.keys.shape
-        scale = head_dim**-0.5 if self.scale is None else self.scale
-        keys = self.keys
+        scale, keys = self._scale(head_dim), self.keys
         if self.theta is not None:
             ranks = np.broadcast_to(np.arange(num_slots), self.positions.shape)
             angles = ranks if self.spec.rope == "reindex" else self.positions  # [H_kv, S]
@@ -429,18 +336,15 @@ class LayerOracle:
 class LayerRun:
     """A whole sequence through one layer.
 
-    `outputs` is [H, T, D]; `retained[n - 1]` is what is held after n tokens.
+    `outputs` is [H, T, D]; `retained[n - 1]` is what is held after n tokens; `min_margin` is
+    the closest decision, the memory's included.
     """
 
     outputs: Array
     retained: list[Retained]
     evictions: list[Eviction]
     near_ties: int
-
-    @property
-    def min_margin(self) -> float:
-        """The closest decision of the run."""
-        return min((eviction.margin for eviction in self.evictions), default=math.inf)
+    min_margin: float
 
 
 def replay_layer(
@@ -452,6 +356,8 @@ def replay_layer(
     layer: int = 0,
     scale: float | None = None,
     theta: float | None = None,
+    rotated_by: float | None = None,
+    given: Given | None = None,
     host_retained: Sequence[Sequence[Sequence[int]] | None] | None = None,
 ) -> LayerRun:
     """Run one sequence through one layer, token by token.
@@ -464,14 +370,18 @@ def replay_layer(
         layer: index of the layer; only `random` looks at it.
         scale: of the logits; 1 / sqrt(D) by default.
         theta: RoPE base, if q and k are still un-rotated.
+        rotated_by: RoPE base by which q and k were rotated, for policies with a memory.
+        given: parameters and weights that a memory needs.
         host_retained: per token, the host's sets to follow at near-ties, or None.
     """
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-    oracle = LayerOracle(parse(spec) if isinstance(spec, str) else spec, layer, scale, theta)
+    spec = parse(spec) if isinstance(spec, str) else spec
+    oracle = LayerOracle(spec, layer, scale, theta, rotated_by, given or Given())
     outputs: list[Array] = []
     retained: list[Retained] = []
     for t in range(q.shape[1]):
         host = host_retained[t] if host_retained is not None else None
         outputs.append(oracle.step(q[:, t], k[:, t], v[:, t], host_retained=host))
         retained.append(oracle.retained)
-    return LayerRun(np.stack(outputs, axis=1), retained, oracle.evictions, oracle.near_ties)
+    columns = np.stack(outputs, axis=1)
+    return LayerRun(columns, retained, oracle.evictions, oracle.near_ties, oracle.min_margin)

@@ -7,32 +7,41 @@ Axes: H query heads, H_kv KV heads, T tokens, D head_dim.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from oracles.dense import Array, LayerOracle, Retained, Spec, parse
-
-Function = Callable[[Array], Array]
+from oracles.arithmetic import Array
+from oracles.decoder import (
+    Decoder,
+    Function,
+    gated_mlp,
+    gelu_tanh,
+    linear,
+    rms_norm,
+    silu,
+    unchanged,
+)
+from oracles.dense import LayerOracle, Retained, Spec, parse
+from oracles.feedback import first_rows
+from oracles.memory import Given
 
 FAMILIES = ("llama", "mistral", "qwen3", "gemma")
 
 
-def linear(module: Any) -> Function:
+def read_linear(module: Any) -> Function:
     """Read a linear map over the last axis."""
-    weight = to_float64(module.weight)
     bias = 0.0 if module.bias is None else to_float64(module.bias)
-    return lambda x: x @ weight.T + bias
+    return linear(to_float64(module.weight), bias)
 
 
-def rms_norm(module: Any, config: Any) -> Function:
+def read_norm(module: Any, config: Any) -> Function:
     """Read an RMS norm over the last axis; Gemma stores its weight minus one."""
     weight = to_float64(module.weight) + (1.0 if config.model_type == "gemma" else 0.0)
-    epsilon = config.rms_norm_eps
-    return lambda x: x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + epsilon) * weight
+    return rms_norm(weight, config.rms_norm_eps)
 
 
 def to_float64(parameter: Tensor) -> Array:
@@ -40,51 +49,42 @@ def to_float64(parameter: Tensor) -> Array:
     return parameter.detach().double().cpu().numpy()
 
 
-def silu(x: Array) -> Array:
-    """Return x * sigmoid(x)."""
-    return x / (1 + np.exp(-x))
-
-
-def gelu_tanh(x: Array) -> Array:
-    """Return the tanh approximation of GELU."""
-    return x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+def read_decoder(module: Any, config: Any) -> Decoder:
+    """Read one decoder layer."""
+    attention, mlp = module.self_attn, module.mlp
+    has_qk_norm = config.model_type == "qwen3"
+    return Decoder(
+        num_query_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        input_norm=read_norm(module.input_layernorm, config),
+        q_proj=read_linear(attention.q_proj),
+        k_proj=read_linear(attention.k_proj),
+        v_proj=read_linear(attention.v_proj),
+        o_proj=read_linear(attention.o_proj),
+        q_norm=read_norm(attention.q_norm, config) if has_qk_norm else unchanged,
+        k_norm=read_norm(attention.k_norm, config) if has_qk_norm else unchanged,
+        mlp_norm=read_norm(module.post_attention_layernorm, config),
+        mlp=gated_mlp(
+            read_linear(mlp.gate_proj),
+            read_linear(mlp.up_proj),
+            read_linear(mlp.down_proj),
+            gelu_tanh if config.model_type == "gemma" else silu,
+        ),
+    )
 
 
 class DecoderLayer:
     """One decoder layer of one sequence; maps hidden [hidden] to hidden [hidden]."""
 
-    def __init__(self, module: Any, config: Any, spec: Spec, index: int) -> None:
-        attention, mlp = module.self_attn, module.mlp
-        self.num_query_heads = config.num_attention_heads
-        self.num_kv_heads = config.num_key_value_heads
-        self.input_norm = rms_norm(module.input_layernorm, config)
-        self.mlp_norm = rms_norm(module.post_attention_layernorm, config)
-        self.has_qk_norm = config.model_type == "qwen3"
-        if self.has_qk_norm:
-            self.q_norm = rms_norm(attention.q_norm, config)
-            self.k_norm = rms_norm(attention.k_norm, config)
-        self.q_proj = linear(attention.q_proj)
-        self.k_proj = linear(attention.k_proj)
-        self.v_proj = linear(attention.v_proj)
-        self.o_proj = linear(attention.o_proj)
-        self.gate_proj = linear(mlp.gate_proj)
-        self.up_proj = linear(mlp.up_proj)
-        self.down_proj = linear(mlp.down_proj)
-        self.activation = gelu_tanh if config.model_type == "gemma" else silu
-        self.attention = LayerOracle(spec, layer=index, theta=config.rope_parameters["rope_theta"])
+    def __init__(self, decoder: Decoder, attention: LayerOracle) -> None:
+        self.decoder = decoder
+        self.attention = attention
 
     def step(self, x: Array, host_retained: Sequence[Sequence[int]] | None) -> Array:
         """Run one token; `host_retained` is what a host's layer holds after it."""
-        h = self.input_norm(x)
-        q = self.q_proj(h).reshape(self.num_query_heads, -1)  # [H, D]
-        k = self.k_proj(h).reshape(self.num_kv_heads, -1)  # [H_kv, D]
-        v = self.v_proj(h).reshape(self.num_kv_heads, -1)
-        if self.has_qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = self.decoder.project(x)
         attended = self.attention.step(q, k, v, host_retained=host_retained)  # [H, D]
-        x = x + self.o_proj(attended.reshape(-1))
-        h = self.mlp_norm(x)
-        return x + self.down_proj(self.activation(self.gate_proj(h)) * self.up_proj(h))
+        return self.decoder.finish(attended, x)
 
 
 @dataclass(frozen=True)
@@ -108,18 +108,30 @@ class ModelOracle:
     Args:
         model: a transformers causal LM of one of `FAMILIES`, with default RoPE.
         spec: the policy of every layer.
+        parameters: tensors of the file that the spec names, if it names one.
     """
 
-    def __init__(self, model: Any, spec: Spec | str) -> None:
+    def __init__(
+        self, model: Any, spec: Spec | str, parameters: Mapping[str, Array] | None = None
+    ) -> None:
         config, decoder = model.config, model.model
         check_is_supported(config)
         spec = parse(spec) if isinstance(spec, str) else spec
         is_scaled = config.model_type == "gemma"
         self.embeddings = to_float64(decoder.embed_tokens.weight)
         self.embedding_scale = math.sqrt(config.hidden_size) if is_scaled else 1.0
-        self.layers = [DecoderLayer(m, config, spec, i) for i, m in enumerate(decoder.layers)]
-        self.norm = rms_norm(decoder.norm, config)
-        self.lm_head = linear(model.lm_head)
+        theta = config.rope_parameters["rope_theta"]
+        decoders = [read_decoder(module, config) for module in decoder.layers]
+        mean = self.embeddings.mean(axis=0) * self.embedding_scale
+        needs_rows = spec.level == "model" and spec.has_memory
+        rows = first_rows(decoders, mean, spec, theta) if needs_rows else [None] * len(decoders)
+        self.layers = [
+            DecoderLayer(layer, LayerOracle(spec, layer=index, theta=theta, given=given))
+            for index, layer in enumerate(decoders)
+            for given in [Given(parameters or {}, layer, rows[index])]
+        ]
+        self.norm = read_norm(decoder.norm, config)
+        self.lm_head = read_linear(model.lm_head)
 
     def feed(
         self, token_id: int, host_retained: Sequence[Sequence[Sequence[int]] | None] | None = None
