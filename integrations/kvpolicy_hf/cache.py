@@ -17,7 +17,9 @@ from kvpolicy_hf.attention import install, is_installed, mark
 from kvpolicy_hf.batch import Batch, Chunk
 from kvpolicy_hf.support import (
     attention_modules,
+    decoders_of,
     position_limit,
+    require_parameters_fit,
     require_supported,
     rotary_of,
 )
@@ -50,10 +52,15 @@ class PolicyCache(Cache):
             policy=str(self.policy),
         )
         rotary = rotary_of(model)
+        decoders = decoders_of(model, self.policy, rotary)
         self._policy_layers = [
-            PolicyLayer(AttentionLayer(self.policy, index, module.scaling, rotary), self._batch)
-            for index, module in enumerate(modules)
+            PolicyLayer(
+                AttentionLayer(self.policy, index, module.scaling, rotary, decoder=decoder),
+                self._batch,
+            )
+            for index, (module, decoder) in enumerate(zip(modules, decoders, strict=True))
         ]
+        require_parameters_fit([layer.attention for layer in self._policy_layers], model)
         super().__init__(layers=list(self._policy_layers))
         install(model)
 
@@ -215,7 +222,7 @@ class PolicyLayer(CacheLayerMixin):
             new = (x[rows, :, columns].transpose(1, 2) for x in (q, k, v))  # [rows, H, T, D]
             output[rows, :, columns] = extend(self.attention, parts[-1], *new).transpose(1, 2)
         for group, part in zip(chunk.groups, parts, strict=True):
-            slots.put_rows(group.rows, part, self.attention.occupancy.capacity)
+            slots.put_rows(group.rows, part, self.attention.occupancy.token_capacity)
         return output
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:

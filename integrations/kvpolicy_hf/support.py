@@ -1,11 +1,16 @@
 """Which models a `PolicyCache` is right for, and why the others are refused."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
 
 from kvpolicy import CachePolicy, UnsupportedError
+from kvpolicy.attention import AttentionLayer
+from kvpolicy.memory.decoder import Decoder
+from kvpolicy.memory.modules import reason_against, take_apart
 from kvpolicy.memory.policy import MemoryPolicy
+from kvpolicy.memory.state import Shape
 from kvpolicy.policy import NEEDS
 from kvpolicy.rotary import Rotary
 from kvpolicy_hf.attention import DELEGATES, NAME
@@ -35,6 +40,7 @@ def require_supported(model: PreTrainedModel, policy: CachePolicy) -> None:
         or _unsupported_rope(model.config, policy)
         or _unsupported_modules(model)
         or _unsupported_setup(model)
+        or _unsupported_memory(model, policy)
     )
     if reason:
         raise UnsupportedError(f"{policy} on {type(model).__name__}: {reason}")
@@ -53,6 +59,33 @@ def rotary_of(model: PreTrainedModel) -> Rotary:
     return Rotary(decoder.rotary_emb.inv_freq.detach().float().clone())
 
 
+def decoders_of(
+    model: PreTrainedModel, policy: CachePolicy, rotary: Rotary
+) -> Sequence[Decoder | None]:
+    """Each layer's weights for a policy whose memory needs them, otherwise None."""
+    if _needs_decoder(policy):
+        return take_apart(model.get_decoder(), rotary)
+    return [None] * model.config.num_hidden_layers
+
+
+def require_parameters_fit(layers: Sequence[AttentionLayer], model: PreTrainedModel) -> None:
+    """Raise PolicyError if parameters that a policy reads from a file are of another model."""
+    kv_heads = model.config.num_key_value_heads
+    for layer, module in zip(layers, attention_modules(model), strict=True):
+        policy = layer.memory_policy
+        if policy is not None and not policy.needs_decoder:
+            shape = Shape(
+                rows=1,
+                kv_heads=kv_heads,
+                group=model.config.num_attention_heads // kv_heads,
+                head_dim=module.head_dim,
+                value_dim=module.head_dim,
+                dtype=model.dtype,
+                device=model.device,
+            )
+            policy.new_memory(shape, layer.setting)
+
+
 def position_limit(model: PreTrainedModel, policy: CachePolicy) -> int | None:
     """Most tokens a row may see; None where positions may run on or are cache ranks."""
     if policy.rope_beyond == "allow" or _is_reindexed(policy):
@@ -69,8 +102,6 @@ def _unsupported_policy(policy: CachePolicy) -> str | None:
     prefill = getattr(policy, "prefill", "stream")
     if prefill != "stream":
         return f"prefill={prefill} is not supported here yet; use prefill=stream"
-    if isinstance(policy, MemoryPolicy) and policy.needs_decoder:
-        return "memories that need the model's weights are not supported here yet"
     unknown = sorted(set(policy.needs) - set(NEEDS))
     if unknown:
         return f"it needs {unknown}, and this host shows {NEEDS}; declare needs among these"
@@ -150,6 +181,24 @@ def _unsupported_setup(model: PreTrainedModel) -> str | None:
     if model._compiled_call_impl is not None:
         return "it is compiled, which needs static shapes; use it without compile()"
     return None
+
+
+def _unsupported_memory(model: PreTrainedModel, policy: CachePolicy) -> str | None:
+    """Say why the policy's memory would not be exact on the model."""
+    if not (isinstance(policy, MemoryPolicy) and policy.has_memory):
+        return None
+    rotated = 2 * rotary_of(model).inverse_frequencies.numel()
+    head_dims = {module.head_dim for module in attention_modules(model)}
+    if head_dims != {rotated}:
+        return (
+            f"its memory turns whole heads back to before their rotation, but RoPE rotates "
+            f"{rotated} of {sorted(head_dims)} dimensions; use a policy that only evicts"
+        )
+    return reason_against(model.get_decoder()) if _needs_decoder(policy) else None
+
+
+def _needs_decoder(policy: CachePolicy) -> bool:
+    return isinstance(policy, MemoryPolicy) and policy.has_memory and policy.needs_decoder
 
 
 def _is_hybrid(config: PretrainedConfig) -> bool:

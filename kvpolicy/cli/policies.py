@@ -35,7 +35,7 @@ class Host:
 
 HOSTS = {
     "transformers": Host(needs=NEEDS, refuses=(("prefill", "bulk"),)),
-    "vllm": Host(needs=NEEDS, refuses=(("prefill", "bulk"),)),
+    "vllm": Host(needs=NEEDS, refuses=(("prefill", "bulk"), ("level", "model"))),
     "simulator": Host(needs=NEEDS, refuses=(("prefill", "bulk"),)),
 }
 """Tests hold this table to what the hosts themselves accept and refuse."""

@@ -1,6 +1,7 @@
 """`kvpolicy policies`: complete, and true about the hosts."""
 
 import json
+from typing import get_args
 
 import pytest
 
@@ -84,9 +85,18 @@ def test_capabilities_are_what_the_hosts_do(name: str, host: str) -> None:
     cls = kvpolicy.available()[name]
     refusal = refusal_of(host, cls(**PARAMETERS[name]))
     assert (refusal is None) == capability(cls, host).startswith("yes")
-    if "prefill" in parameters(cls):
-        bulk = refusal_of(host, cls(**PARAMETERS[name], prefill="bulk"))
-        assert (bulk is not None) == ("prefill=bulk" in capability(cls, host))
+    for key, value in {option for each in HOSTS.values() for option in each.refuses}:
+        if key in parameters(cls) and value in get_args(parameters(cls)[key].kind):
+            refusal = refusal_of(host, cls(**PARAMETERS[name] | {key: value}))
+            assert (refusal is not None) == (f"{key}={value}" in capability(cls, host))
+
+
+def test_a_value_that_one_host_refuses_is_named() -> None:
+    """A policy that a host runs in part says which part it does not."""
+    from kvpolicy.policies.fam import FAM
+
+    assert capability(FAM, "vllm") == "yes, not prefill=bulk, level=model"
+    assert capability(FAM, "transformers") == "yes, not prefill=bulk"
 
 
 def refusal_of(host: str, policy: kvpolicy.CachePolicy) -> str | None:
@@ -96,7 +106,7 @@ def refusal_of(host: str, policy: kvpolicy.CachePolicy) -> str | None:
         from kvpolicy_sim.support import require_supported
 
         try:
-            require_supported(header_of(Shape()), [policy], "layer-local")
+            require_supported(header_of(Shape()), [policy], "layer-local", has_weights=True)
         except PolicyError as error:
             return str(error)
         return None
