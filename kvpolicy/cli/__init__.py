@@ -37,6 +37,7 @@ COMMANDS = {
     "inspect": Command("kvpolicy.cli.inspection", "describe, verify, repair or cut a trace"),
     "replay": Command("kvpolicy.cli.replay", "replay a trace under policies"),
     "recommend": Command("kvpolicy.cli.recommend", "find the smallest budget that keeps enough"),
+    "fit": Command("kvpolicy.cli.fit", "fit the parameters of a memory to a trace"),
     "trace": Command("kvpolicy.cli.trace", "make synthetic traces"),
     "plan": Command("kvpolicy.cli.plan", "compute memory and concurrency of policies on a model"),
 }

@@ -17,6 +17,7 @@ Report: TypeAlias = Any
 EXAMPLES = """
   kvpolicy replay t.kvtrace --policy window:budget=256 h2o:budget=256 --html report.html
   kvpolicy replay t.kvtrace --policy h2o:budget=128 --layers 0,4:8 --oracle
+  kvpolicy replay t.kvtrace --policy fam:block=64,segments=2,level=model --weights path/to/model
   kvpolicy replay t.kvtrace --policy mymodule.Mine:budget=64 --level open-loop --json -
 """
 
@@ -70,6 +71,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--oracle", action="store_true", help="bound each policy's regret against the optimum"
     )
+    parser.add_argument(
+        "--weights",
+        metavar="DIR",
+        help="folder of the traced model, for policies that need its layers (fam:level=model)",
+    )
     parser.add_argument("--html", metavar="FILE", help="write a page with pictures")
     parser.add_argument(
         "--no-outputs", action="store_true", help="do not compare attention outputs: half the work"
@@ -90,9 +96,19 @@ def _replay(
     """Say what it will take, and do it unless told not to."""
     from kvpolicy_sim.estimate import estimate
     from kvpolicy_sim.replay import replay
-    from kvpolicy_sim.support import choose_layers, choose_sequences, require_supported
+    from kvpolicy_sim.support import (
+        choose_layers,
+        choose_sequences,
+        needs_weights,
+        require_supported,
+    )
+    from kvpolicy_sim.weights import load_weights
 
-    require_supported(trace.header, policies, options.level)
+    has_weights = options.weights is not None
+    require_supported(trace.header, policies, options.level, has_weights=has_weights)
+    model = None
+    if has_weights and any(map(needs_weights, policies)):
+        model = load_weights(options.weights, trace.header)
     layers = choose_layers(trace.header, options.layers)
     sequences = choose_sequences(trace, options.sequences)
     threads = options.threads or os.cpu_count() or 1
@@ -127,6 +143,7 @@ def _replay(
             outputs=not options.no_outputs,
             details=not options.no_details,
             oracle=options.oracle,
+            model=model,
             threads=threads,
             advance=steps.begin("replay", work, "head steps"),
         )
@@ -138,18 +155,34 @@ def _table(report: Report, *, is_narrow: bool) -> Table:
     columns = {
         "kept": lambda r: figure(100 * r["retention_ratio"], 1) + " %",
         "retained mass": lambda r: _mass(r["retained_mass"], is_narrow),
-        "p5": None if is_narrow else lambda r: figure(r["retained_mass"]["p5"], 4),
+        "p5": lambda r: figure(r["retained_mass"]["p5"], 4),
         "output error": lambda r: figure(r["output_error"]["mean"], 4),
-        "recall@16": None if is_narrow else lambda r: figure((r["recall"] or {}).get("16"), 3),
-        "regret": lambda r: _regret(r["regret"]) if any(x["regret"] for x in results) else None,
+        "memory share": lambda r: figure(r["memory_share"], 4),
+        "merged": lambda r: figure(r["merged"], 0),
+        "recall@16": lambda r: figure((r["recall"] or {}).get("16"), 3),
+        "regret": lambda r: _regret(r["regret"]),
         "bytes kept": lambda r: size(r["bytes_kept"]),
-        "steps/s": None if is_narrow else lambda r: figure(r["steps_per_second"], 0),
+        "slots": lambda r: figure(r["slot_equivalents"], 1),
+        "steps/s": lambda r: figure(r["steps_per_second"], 0),
     }
-    shown = {name: show for name, show in columns.items() if show and show(results[0]) is not None}
+    hidden = _hidden(results, is_narrow=is_narrow)
+    shown = {name: show for name, show in columns.items() if name not in hidden}
     rows = table("policy", *shown)
     for result in results:
         rows.add_row(result["policy"], *(show(result) for show in shown.values()))
     return rows
+
+
+def _hidden(results: Sequence[dict[str, Any]], *, is_narrow: bool) -> set[str]:
+    """Columns that have nothing to say, or for which there is no room."""
+    hidden = {"p5", "merged", "recall@16", "slots", "steps/s"} if is_narrow else set[str]()
+    if all(result["memory_share"] is None for result in results):
+        hidden |= {"memory share", "merged", "slots"}
+    else:
+        hidden |= {"p5", "steps/s"}
+    if all(result["regret"] is None for result in results):
+        hidden.add("regret")
+    return hidden
 
 
 def _mass(mass: dict[str, Any], is_narrow: bool) -> str:

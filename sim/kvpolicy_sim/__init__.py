@@ -7,8 +7,9 @@ report.as_dict()
 
 from kvpolicy.trace import Trace, TraceWriter
 from kvpolicy_sim.capture import capture
+from kvpolicy_sim.fit import fit
 from kvpolicy_sim.recommend import recommend
 from kvpolicy_sim.replay import replay
 from kvpolicy_sim.report import Report
 
-__all__ = ["Report", "Trace", "TraceWriter", "capture", "recommend", "replay"]
+__all__ = ["Report", "Trace", "TraceWriter", "capture", "fit", "recommend", "replay"]

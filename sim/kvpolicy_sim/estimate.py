@@ -3,7 +3,7 @@
 import resource
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from time import perf_counter
@@ -11,6 +11,7 @@ from time import perf_counter
 import torch
 
 from kvpolicy import CachePolicy
+from kvpolicy.memory.policy import MemoryPolicy
 from kvpolicy.trace import Header
 from kvpolicy.trace import Sequence as TracedSequence
 from kvpolicy.trace.header import ITEM_BYTES
@@ -22,6 +23,12 @@ _FLOAT = 4
 
 _BUFFERS = 4
 """Arrays of a block's size that are alive at once: logits, weights, masks and temporaries."""
+
+_MEMORY_BUFFERS = 8
+"""The same where a policy has a memory, whose logits stand before the tokens' own."""
+
+_MEMORY_COPIES = 12
+"""Copies of a memory, and of the tokens that it takes in at once, while it does so."""
 
 _ALLOWANCE = 96 << 20
 """Bytes for code that is loaded on the way, thread stacks, and what an allocator keeps."""
@@ -35,6 +42,9 @@ _READ_PASSES, _DETAIL_PASSES = 12, 20
 
 _BLOCK_SECONDS = 2e-4
 """Python's share of a block."""
+
+_CORE_BLOCKS = 4
+"""What the core's look-ahead takes more, between two evictions and in a block, in such shares."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,7 @@ def estimate(
     longest = max(sequence.tokens for sequence in sequences)
     at_once = min(threads, num_layers * len(sequences))
     working = _layer_bytes(header, longest, outputs) + _block_bytes(header, longest, policies)
+    working += max(_memory_bytes(header, policy) for policy in policies)
     working += _oracle_bytes(longest, policies) if oracle else 0
     results = sum(
         _result_bytes(header, sequence.tokens) * num_layers * len(policies)
@@ -95,10 +106,32 @@ def _layer_bytes(header: Header, tokens: int, outputs: bool) -> int:
 
 def _block_bytes(header: Header, tokens: int, policies: Sequence[CachePolicy]) -> int:
     """Buffers of the widest block, or of the dense rows that details are measured on."""
-    rows = BLOCK * max(_heads_together(header, policy) for policy in policies)
-    width = max(_width(policy, tokens) for policy in policies)
+    block = max(
+        _buffers(policy) * BLOCK * _heads_together(header, policy) * _width(policy, tokens)
+        for policy in policies
+    )
     dense = SAMPLED_ROWS * tokens * (header.group + 5) * 2 * _FLOAT
-    return max(_BUFFERS * rows * width * _FLOAT, dense)
+    return max(block * _FLOAT, dense)
+
+
+def _buffers(policy: CachePolicy) -> int:
+    has_memory = isinstance(policy, MemoryPolicy) and policy.has_memory
+    return _MEMORY_BUFFERS if has_memory else _BUFFERS
+
+
+def _memory_bytes(header: Header, policy: CachePolicy) -> int:
+    """A memory in one layer, and what it makes of the tokens of one eviction."""
+    if not (isinstance(policy, MemoryPolicy) and policy.has_memory):
+        return 0
+    law, dims = policy.occupancy, header.head_dim + header.value_dim
+    taken = law.interval * (dims + header.group * 4)
+    slots = law.state_slots * dims + policy.memory_floats(header.head_dim, header.group)
+    assigned = 2 * law.interval * law.state_slots  # int64, and as many float32 again
+    hidden = 0
+    if policy.needs_decoder:  # some rows per head: as wide as all queries, and the network's inside
+        hidden = law.state_slots * header.group * header.head_dim * 8
+    per_head = _MEMORY_COPIES * (taken + slots + hidden) + 2 * assigned
+    return len(header.kv_heads) * per_head * _FLOAT
 
 
 def _heads_together(header: Header, policy: CachePolicy) -> int:
@@ -112,7 +145,11 @@ def _oracle_bytes(tokens: int, policies: Sequence[CachePolicy]) -> int:
 
     The laws of a unit are held together; solving one takes at most about its own size.
     """
-    laws = {policy.occupancy for policy in policies if policy.occupancy.evicted(tokens)}
+    laws = {
+        replace(policy.occupancy, state_slots=0)
+        for policy in policies
+        if policy.occupancy.evicted(tokens)
+    }
     pairs = [tokens * tokens // (2 * law.interval) for law in laws]
     return 8 * (sum(pairs) + max(pairs, default=0))
 
@@ -127,13 +164,17 @@ def _work(header: Header, tokens: int, policy: CachePolicy, outputs: bool) -> fl
     """Seconds of one policy in one layer on one processor."""
     rows = -(-tokens // header.query_stride)
     heads = len(header.kv_heads) * header.group
+    interval = policy.occupancy.interval
     cells = sum(min(first + BLOCK, _width(policy, tokens)) for first in range(0, tokens, BLOCK)) * (
         heads * rows * BLOCK / tokens
     )
     dims = header.head_dim + (header.value_dim if outputs else 0)
     speed = _speed()
     blocks = -(-tokens // BLOCK) * (heads // _heads_together(header, policy))
-    walking = cells * (2 * dims * speed.multiply_add + _PASSES * speed.exponential)
+    if not is_compiled(policy):  # between evictions Python takes about as long as for a block
+        blocks += _CORE_BLOCKS * (-(-tokens // interval) + blocks)
+    passes = _PASSES if is_compiled(policy) else 2 * _PASSES  # copies of masked logits
+    walking = cells * (2 * dims * speed.multiply_add + passes * speed.exponential)
     return walking + blocks * _BLOCK_SECONDS
 
 

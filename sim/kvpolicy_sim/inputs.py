@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import TraceError
+from kvpolicy.trace.header import ITEM_BYTES
 from kvpolicy_sim.dense import attend
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ class LayerInputs:
         values: [H_kv, T, D_v].
         lse: [H_kv, G, r] log-sum-exp of the full logits.
         outputs: [H_kv, G, r, D_v] of full attention; None if outputs are not compared.
+        scale: Factor on query-key products that `queries` hold already.
+        item_bytes: Bytes of one number of the traced cache.
     """
 
     layer: int
@@ -45,6 +48,8 @@ class LayerInputs:
     values: Tensor
     lse: Tensor
     outputs: Tensor | None
+    scale: float = 1.0
+    item_bytes: int = 4
 
     @property
     def group(self) -> int:
@@ -96,6 +101,8 @@ class LayerInputs:
             values=values,
             lse=lse,
             outputs=out,
+            scale=header.scale,
+            item_bytes=ITEM_BYTES[header.dtype],
         )
 
 

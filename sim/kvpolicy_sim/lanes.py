@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from kvpolicy import CachePolicy, EvictionPolicy, KVPolicyError, PolicyError
-from kvpolicy.attention import AttentionLayer, query_key_products
+from kvpolicy.attention import query_key_products
 from kvpolicy.lookahead import Block
+from kvpolicy.memory.decoder import Decoder
 from kvpolicy.rotary import Rotary
-from kvpolicy.slots import Slots
 from kvpolicy_sim.inputs import BLOCK, LayerInputs
+from kvpolicy_sim.memories import WatchedLayer, bytes_beside_slots
 from kvpolicy_sim.rules import rule_for
 
 if TYPE_CHECKING:
@@ -42,12 +43,19 @@ class Outcome:
         lse: [h, G, r] log-sum-exp of each row's logits over what was retained.
         squared_error: [r] float64, of the outputs against full attention's, summed over the
             unit's heads and D; None if outputs are not compared.
+        memory_share: [h, G, r] share of each row's own attention that went to a memory; None
+            without one.
+        merged: Evicted tokens that the memory stands for at the end, mean over the unit's heads.
+        beside_bytes: Bytes of what the memory holds beside slots at the end.
         seconds: Time taken.
     """
 
     evicted_at: np.ndarray
     lse: Tensor
     squared_error: np.ndarray | None
+    memory_share: Tensor | None = None
+    merged: float = 0.0
+    beside_bytes: int = 0
     seconds: float = 0.0
 
     @classmethod
@@ -86,12 +94,17 @@ class Lane(ABC):
             taken = self.take(first, size)
             advance(taken * len(self.outcome.evicted_at))
             first += taken
+        self.finish()
         self.outcome.seconds = perf_counter() - began
         return self.outcome
 
     @abstractmethod
     def take(self, first: int, size: int) -> int:
         """Take up to `size` tokens, at least one; return how many were taken."""
+
+    def finish(self) -> None:
+        """Note what is left to be noted after the last token."""
+        return
 
 
 class CompiledLane(Lane):
@@ -196,29 +209,51 @@ class CoreLane(Lane):
         heads: slice,
         level: Level,
         rotary: Rotary | None,
+        decoder: Decoder | None = None,
     ) -> None:
         super().__init__(inputs, heads, level)
-        self.layer = AttentionLayer(
-            policy, inputs.layer, 1.0, rotary, first_kv_head=inputs.kv_heads[heads.start]
+        self.layer = WatchedLayer(
+            policy,
+            inputs.layer,
+            inputs.scale,
+            rotary,
+            first_kv_head=inputs.kv_heads[heads.start],
+            decoder=decoder,
         )
-        self._slots = Slots.empty(inputs.keys[None, heads], inputs.values[None, heads])
+        queries = inputs.queries[heads].flatten(0, 1)
+        self._slots = self.layer.new_slots(
+            queries[None], inputs.keys[None, heads], inputs.values[None, heads]
+        )
+        if self._slots.memory is not None:
+            self.outcome.memory_share = torch.zeros_like(self.outcome.lse)
 
     def take(self, first: int, size: int) -> int:
         """Take `size` tokens at once."""
         rows = slice(first, first + size)
-        queries = self.inputs.queries[self.heads, :, rows].flatten(0, 1)[None]
+        queries = self.inputs.queries[self.heads, :, rows].flatten(0, 1)[None] / self.inputs.scale
         keys, values = (x[None, self.heads, rows] for x in (self.inputs.keys, self.inputs.values))
         block = _Block(self.layer, self._slots, queries, keys, values)
         if self.level == "open-loop":
             block.full_lse = self.inputs.lse[None, self.heads, :, rows]
         outputs = self._run(block)  # [1, H, Q, D]
-        self.outcome.lse[:, :, rows] = block.visible_lse(queries)
+        self.outcome.lse[:, :, rows] = seen = block.visible_lse(queries)
         if self.inputs.outputs is not None:
             ideal = self.inputs.outputs[self.heads, :, rows]
             self.outcome.compare(rows, outputs.view_as(ideal), ideal)
+        if self.outcome.memory_share is not None:
+            self.outcome.memory_share[:, :, rows] = self.layer.drain_shares(seen)
         self._note(block)
         self._slots = block.kept()
         return size
+
+    def finish(self) -> None:
+        """Note what the memory has come to."""
+        memory, policy = self._slots.memory, self.layer.memory_policy
+        if memory is None or policy is None:
+            return
+        evicted = policy.occupancy.evicted(self.inputs.tokens)
+        self.outcome.merged = policy.merged(memory, 0, evicted)
+        self.outcome.beside_bytes = bytes_beside_slots(memory, self.inputs.item_bytes)
 
     def _run(self, block: Block) -> Tensor:
         """Let the policy decide the block; a failure of its own code names it."""

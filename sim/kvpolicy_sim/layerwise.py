@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from kvpolicy import CachePolicy, EvictionPolicy
+from kvpolicy.memory.decoder import Decoder
 from kvpolicy.rotary import Rotary
 from kvpolicy_sim.inputs import LayerInputs
 from kvpolicy_sim.lanes import CompiledLane, CoreLane, Lane, Level, Outcome
@@ -27,14 +28,22 @@ class PolicyOutcome:
     Attributes:
         evicted_at: [H_kv, T] int32, tokens seen when a token was evicted; 0 if it never was.
         retained_mass: [H_kv, G, r] float32, share of full attention that each row still saw.
-        output_error: [r] float64, relative error of the layer's outputs; None if not compared.
+        output_error: [r] float64, relative error of the layer's outputs, a memory's part
+            included; None if not compared.
         seconds: Time taken, summed over threads.
+        memory_share: [r] float32, share of a row's own attention that went to a memory, mean over
+            query heads; None without one.
+        merged: Evicted tokens that the memory stands for at the end, mean over KV heads.
+        beside_bytes: Bytes of what the memory holds beside slots at the end.
     """
 
     evicted_at: np.ndarray
     retained_mass: np.ndarray
     output_error: np.ndarray | None
     seconds: float
+    memory_share: np.ndarray | None = None
+    merged: float = 0.0
+    beside_bytes: int = 0
 
     @classmethod
     def join(cls, inputs: LayerInputs, parts: Sequence[Outcome]) -> "PolicyOutcome":
@@ -45,7 +54,18 @@ class PolicyOutcome:
             retained_mass=(lse - inputs.lse).exp().numpy(),
             output_error=_relative_error(inputs, parts),
             seconds=sum(part.seconds for part in parts),
+            memory_share=_memory_share(parts),
+            merged=float(
+                np.average([p.merged for p in parts], weights=[len(p.evicted_at) for p in parts])
+            ),
+            beside_bytes=sum(part.beside_bytes for part in parts),
         )
+
+
+def _memory_share(parts: Sequence[Outcome]) -> np.ndarray | None:
+    """Share of each row's attention that went to a memory, mean over query heads; [r]."""
+    shares = [part.memory_share for part in parts if part.memory_share is not None]
+    return torch.cat(shares).mean(dim=(0, 1)).numpy() if shares else None
 
 
 def _relative_error(inputs: LayerInputs, parts: Sequence[Outcome]) -> np.ndarray | None:
@@ -63,6 +83,7 @@ def walk_layer(
     level: Level,
     rotary: Rotary | None,
     advance: Advance,
+    decoder: Decoder | None = None,
 ) -> dict[CachePolicy, PolicyOutcome]:
     """Take a layer's tokens under every policy.
 
@@ -70,14 +91,15 @@ def walk_layer(
         inputs: The layer.
         policies: Policies that the trace supports.
         level: What they observe.
-        rotary: The model's RoPE, for ``rope=reindex``.
+        rotary: The model's RoPE, for ``rope=reindex`` and memories.
         advance: Progress.
+        decoder: The layer's weights, for policies that need them.
     """
 
     def lane(policy: CachePolicy, heads: slice) -> Lane:
         if is_compiled(policy):
             return CompiledLane(policy, inputs, heads, level)
-        return CoreLane(policy, inputs, heads, level, rotary)
+        return CoreLane(policy, inputs, heads, level, rotary, decoder)
 
     outcomes: dict[CachePolicy, PolicyOutcome] = {}
     for policy in policies:

@@ -5,7 +5,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvpolicy import CachePolicy, PolicyError, parse
+from kvpolicy import CachePolicy, EvictionPolicy, PolicyError, parse
 from kvpolicy.policy import parameters
 from kvpolicy.registry import find
 from kvpolicy.trace import Trace
@@ -32,7 +32,7 @@ class Recommendation:
         retention_ratio: Tokens kept at the end over tokens seen.
         bytes_kept: Keys, values and policy state per sequence.
         bytes_full: Keys and values of the full cache.
-        tokens: Length of the longest sequence: a budget as large keeps everything.
+        tokens: Length of the longest sequence.
     """
 
     policy: CachePolicy
@@ -44,9 +44,9 @@ class Recommendation:
 
     @property
     def budget(self) -> int:
-        """Slots kept per KV head."""
-        assert self.policy.occupancy.retained is not None, "candidates have budgets"
-        return self.policy.occupancy.retained
+        """Slots kept per KV head, those of a memory included."""
+        assert isinstance(self.policy, EvictionPolicy), "candidates have budgets"
+        return self.policy.budget
 
 
 def recommend(
@@ -129,7 +129,8 @@ class _Search:
             raise PolicyError(f"{spec}: {name} has no budget to recommend; choose another policy")
         self.spec, self.target = spec, target
         self.best: Recommendation | None = None
-        self._fails, self._keeps = self._smallest(tokens) - 1, tokens
+        high = self._largest(tokens)
+        self._fails, self._keeps = self._smallest(high) - 1, high
         self._tried: dict[int, Recommendation] = {}
         self._open = self._spread(first=True)
 
@@ -166,14 +167,20 @@ class _Search:
         """The policy at a budget."""
         return parse(f"{self.spec}{',' if ':' in self.spec else ':'}budget={budget}")
 
-    def _smallest(self, tokens: int) -> int:
-        """The smallest budget that the policy accepts.
+    def _largest(self, tokens: int) -> int:
+        """A budget that keeps every token, beside the slots of a memory.
 
         Raises:
-            PolicyError: It accepts none up to the length of the trace.
+            PolicyError: The policy does not accept one as large as the trace.
         """
-        low, high = 0, tokens
-        self._at(high)
+        budget = tokens
+        while (self._at(budget).occupancy.retained or tokens) < tokens:
+            budget *= 2
+        return budget
+
+    def _smallest(self, high: int) -> int:
+        """The smallest budget that the policy accepts, up to one that it does."""
+        low = 0
         while high - low > 1:
             middle = (low + high) // 2
             try:

@@ -4,6 +4,7 @@ Axes: H_kv KV heads, G query heads per KV head, T tokens, n rows of a block.
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -23,7 +24,8 @@ def measure_regret(
 ) -> dict[CachePolicy, Regret]:
     """Bound the optimum for every budget, interval and scope among the policies.
 
-    Under ``scope=head`` it is solved per KV head, under ``scope=layer`` for the mean of all.
+    Under ``scope=head`` it is solved per KV head, under ``scope=layer`` for the mean of all. A
+    memory is left out on both sides: the optimum is that of the token slots.
 
     Args:
         inputs: The layer, with every query.
@@ -36,7 +38,7 @@ def measure_regret(
     for is_layer in (False, True):
         units = [slice(0, num_heads)] if is_layer else [slice(head, head + 1) for head in chosen]
         policies = {
-            policy: policy.occupancy
+            policy: replace(policy.occupancy, state_slots=0)
             for policy in outcomes
             if isinstance(policy, EvictionPolicy)
             and policy.scope_is_layer == is_layer

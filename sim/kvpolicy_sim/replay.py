@@ -12,7 +12,7 @@ import torch
 
 from kvpolicy import CachePolicy, parse
 from kvpolicy.rotary import Rotary
-from kvpolicy.trace import Trace
+from kvpolicy.trace import Header, Trace
 from kvpolicy_sim.details import measure_details
 from kvpolicy_sim.inputs import LayerInputs
 from kvpolicy_sim.lanes import Level
@@ -20,7 +20,14 @@ from kvpolicy_sim.layerwise import walk_layer
 from kvpolicy_sim.report import Report
 from kvpolicy_sim.result import LayerResult
 from kvpolicy_sim.rules import is_compiled
-from kvpolicy_sim.support import choose_layers, choose_sequences, require_oracle, require_supported
+from kvpolicy_sim.support import (
+    choose_layers,
+    choose_sequences,
+    needs_weights,
+    require_oracle,
+    require_supported,
+)
+from kvpolicy_sim.weights import Weights, load_weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -53,6 +60,7 @@ def replay(
     outputs: bool = True,
     details: bool = True,
     oracle: bool = False,
+    model: str | Path | Weights | None = None,
     threads: int | None = None,
     advance: Callable[[int], object] = lambda _: None,
 ) -> Report:
@@ -71,21 +79,24 @@ def replay(
         outputs: Whether to compare attention outputs, which about doubles the work.
         details: Whether to measure recall and lost mass, on sampled steps.
         oracle: Whether to bound each policy's regret against the offline optimum.
+        model: Folder of the traced model, or its weights; for policies that need them, such as
+            fam:level=model.
         threads: Layers at a time; default one per CPU.
         advance: Told the tokens done, counted per policy, layer and KV head.
 
     Raises:
         PolicyError: A spec, layer or sequence is wrong.
-        UnsupportedError: A policy cannot be replayed exactly from this trace.
+        UnsupportedError: A policy cannot be replayed exactly from this trace, or the model is not
+            the traced one.
         TraceError: The trace is damaged.
     """
     given = [policies] if isinstance(policies, str | CachePolicy) else policies
     parsed = tuple(dict.fromkeys(parse(policy) for policy in given))
     options = Options(level, outputs, details, oracle)
     if isinstance(trace, Trace):
-        return _replay(trace, parsed, layers, sequences, options, threads, advance)
+        return _replay(trace, parsed, layers, sequences, options, model, threads, advance)
     with Trace.open(trace) as opened:
-        return _replay(opened, parsed, layers, sequences, options, threads, advance)
+        return _replay(opened, parsed, layers, sequences, options, model, threads, advance)
 
 
 def _replay(
@@ -94,11 +105,12 @@ def _replay(
     layers: Sequence[int] | None,
     sequences: Sequence[int] | None,
     options: Options,
+    model: str | Path | Weights | None,
     threads: int | None,
     advance: Callable[[int], object],
 ) -> Report:
     """Replay an open trace, layer by layer of every sequence, some of them at a time."""
-    require_supported(trace.header, policies, options.level)
+    require_supported(trace.header, policies, options.level, has_weights=model is not None)
     if options.oracle:
         require_oracle(trace.header)
     chosen = choose_sequences(trace, sequences)
@@ -109,7 +121,10 @@ def _replay(
         from kvpolicy_sim import kernels
 
         kernels.prepare()
-    worker = _Worker(trace, policies, options, advance)
+    weights = None
+    if model is not None and any(map(needs_weights, policies)):
+        weights = model if isinstance(model, Weights) else load_weights(model, trace.header)
+    worker = _Worker(trace, policies, options, advance, weights)
     with _one_torch_thread(), ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
         futures = [
             pool.submit(worker.run, sequence.index, layer)
@@ -145,20 +160,25 @@ class _Worker:
         policies: Sequence[CachePolicy],
         options: Options,
         advance: Callable[[int], object],
+        weights: Weights | None = None,
     ) -> None:
         self.trace, self.policies, self.options = trace, policies, options
         self.is_stopped = False
-        rope = trace.header.rope
-        self._rotary = None if rope is None else Rotary(torch.tensor(rope.inverse_frequencies))
+        self._rotary, self._weights = rotary_of(trace.header), weights
         self._advance = advance
 
     def run(self, sequence: int, layer: int) -> LayerResult:
         """Replay one layer of one sequence."""
         torch.set_num_threads(1)  # of this thread
+        with torch.no_grad():  # likewise of this thread; weights may be a caller's model
+            return self._replay(sequence, layer)
+
+    def _replay(self, sequence: int, layer: int) -> LayerResult:
         inputs = LayerInputs.load(self.trace, sequence, layer, outputs=self.options.outputs)
         self.trace.release()
+        decoder = None if self._weights is None else self._weights.layers[layer]
         outcomes = walk_layer(
-            inputs, self.policies, self.options.level, self._rotary, self._progress
+            inputs, self.policies, self.options.level, self._rotary, self._progress, decoder
         )
         marks = self.trace.sequences[sequence].marks
         details = measure_details(inputs, outcomes, marks) if self.options.details else {}
@@ -173,6 +193,12 @@ class _Worker:
         if self.is_stopped:
             raise _Stopped
         self._advance(tokens)
+
+
+def rotary_of(header: Header) -> Rotary | None:
+    """The rotation that a trace's header describes."""
+    rope = header.rope
+    return None if rope is None else Rotary(torch.tensor(rope.inverse_frequencies))
 
 
 @contextmanager

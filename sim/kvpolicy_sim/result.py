@@ -73,8 +73,9 @@ class PolicyResult:
 
     @property
     def budget(self) -> int | None:
-        """Slots kept after an eviction; None if all are."""
-        return self.policy.occupancy.retained
+        """Slots kept after an eviction, those of a memory included; None if all are."""
+        law = self.policy.occupancy
+        return None if law.retained is None else law.retained + law.state_slots
 
     @property
     def seconds(self) -> float:
@@ -83,13 +84,13 @@ class PolicyResult:
 
     @property
     def _uncounted(self) -> int:
-        """First steps that do not count: the budget, or none if no row lies beyond it."""
-        budget, stride = self.budget or 0, self.header.query_stride
+        """First steps that do not count: the token slots kept, or none if no row lies beyond."""
+        kept, stride = self.policy.occupancy.retained or 0, self.header.query_stride
         last_rows = [(x.tokens - 1) // stride * stride + 1 for x in self.sequences.values()]
-        return budget if max(last_rows) > budget else 0
+        return kept if max(last_rows) > kept else 0
 
     def is_counted(self, steps: np.ndarray) -> np.ndarray:
-        """Which steps count, given as tokens seen: those beyond the budget, or all if none is."""
+        """Which steps count, given as tokens seen: those beyond the token slots, or all."""
         return steps > self._uncounted
 
     def counted_rows(self, sequence: int) -> np.ndarray:
@@ -142,6 +143,16 @@ class PolicyResult:
             return {"mean": None, "p95": None}
         joined = np.concatenate(errors)
         return {"mean": float(joined.mean()), "p95": float(np.percentile(joined, 95))}
+
+    @property
+    def memory_share(self) -> float | None:
+        """Mean share of the policy's own attention on its memory; None without one."""
+        parts = [
+            outcome.memory_share[self.counted_rows(sequence)]
+            for (sequence, _), outcome in self.outcomes.items()
+            if outcome.memory_share is not None
+        ]
+        return float(np.concatenate(parts).mean(dtype=np.float64)) if parts else None
 
     @property
     def lost_mass_by_age(self) -> list[float] | None:
@@ -238,28 +249,35 @@ class PolicyResult:
         counts = np.concatenate([(o.evicted_at > 0).sum(axis=1) for o in outcomes])
         evicted = float(counts.mean())
         evicted = int(evicted) if evicted.is_integer() else evicted
-        cell = (self.header.head_dim + self.header.value_dim) * ITEM_BYTES[self.header.dtype]
         state = PAGE_STATE_BYTES if isinstance(self.policy, EvictionPolicy) else 0
-        held = tokens - evicted
-        bytes_held = int(held * len(counts) * (cell + state))
+        held, law = tokens - evicted, self.policy.occupancy
+        bytes_held = int((held + law.state_slots) * len(counts) * (self._cell_bytes + state))
+        bytes_held += sum(outcome.beside_bytes for outcome in outcomes)
         return Ledger(
             policy=str(self.policy),
             logical_tokens=tokens,
             retained=held,
             evicted=evicted,
-            slots_held=held + self.policy.occupancy.state_slots,
+            slots_held=held + law.state_slots,
             blocks_held=0,
             bytes_held=bytes_held,
-            bytes_saved=tokens * len(counts) * cell - bytes_held,
-            evictions=int(evicted // self.policy.occupancy.interval),
+            bytes_saved=tokens * len(counts) * self._cell_bytes - bytes_held,
+            evictions=int(evicted // law.interval),
             policy_seconds=seconds,
-        ).check(self.policy.occupancy)
+            merged=_mean(outcome.merged for outcome in outcomes),
+        ).check(law)
+
+    @property
+    def _cell_bytes(self) -> int:
+        """Key and value of a token in one KV head."""
+        return (self.header.head_dim + self.header.value_dim) * ITEM_BYTES[self.header.dtype]
 
     def as_dict(self, level: str) -> dict[str, Any]:
         """One entry of ``results``, JSON-ready."""
         ledgers = [self.ledger(sequence) for sequence in self.sequences]
         tokens = sum(ledger.logical_tokens for ledger in ledgers)
-        regret = self.regret
+        regret, bytes_kept = self.regret, _mean(ledger.bytes_held for ledger in ledgers)
+        layers = len({layer for _, layer in self.outcomes})
         return {
             "policy": str(self.policy),
             "budget": self.budget,
@@ -267,6 +285,7 @@ class PolicyResult:
             "retention_ratio": sum(ledger.retained for ledger in ledgers) / tokens,
             "retained_mass": self.retained_mass,
             "output_error": self.output_error,
+            "memory_share": self.memory_share,
             "oracle_gap": None if regret is None else regret["upper"],
             "regret": regret,
             "recall": self.recall,
@@ -276,7 +295,9 @@ class PolicyResult:
             "head_mass": self.head_mass.tolist(),
             "evicted": _mean(ledger.evicted for ledger in ledgers),
             "merged": _mean(ledger.merged for ledger in ledgers),
-            "bytes_kept": _mean(ledger.bytes_held for ledger in ledgers),
+            "bytes_kept": bytes_kept,
+            "slot_equivalents": bytes_kept
+            / (layers * len(self.header.kv_heads) * self._cell_bytes),
             "seconds": self.seconds,
             "steps_per_second": tokens / self.seconds if self.seconds else None,
         }

@@ -11,8 +11,14 @@ from typing import NamedTuple
 import numpy as np
 
 from kvpolicy import CachePolicy, EvictionPolicy
+from kvpolicy.memory.policy import MemoryPolicy
+from kvpolicy.policies.bswa import BSWA
+from kvpolicy.policies.centroid import Centroid
+from kvpolicy.policies.compressive import Compressive
+from kvpolicy.policies.fam import FAM
 from kvpolicy.policies.full import Full
 from kvpolicy.policies.h2o import H2O
+from kvpolicy.policies.infini import Infini
 from kvpolicy.policies.random import Random
 from kvpolicy.policies.sinks import Sinks
 from kvpolicy.policies.tova import TOVA
@@ -63,6 +69,12 @@ _SCORES: dict[type[CachePolicy], Callable[..., int]] = {
     Random: lambda _: RANDOM,
     TOVA: lambda _: LAST_ROW,
     H2O: lambda policy: SUM if policy.statistic == "sum" else MEAN,
+    BSWA: lambda _: POSITION,
+    # Without a memory these are windows; with one, the core replays them.
+    Centroid: lambda _: POSITION,
+    Compressive: lambda _: POSITION,
+    FAM: lambda _: POSITION,
+    Infini: lambda _: POSITION,
 }
 
 _POOLS = {"mean": POOL_MEAN, "max": POOL_MAX, "sum": POOL_SUM}
@@ -71,7 +83,8 @@ _POOLS = {"mean": POOL_MEAN, "max": POOL_MAX, "sum": POOL_SUM}
 def is_compiled(policy: CachePolicy) -> bool:
     """Whether the compiled walk follows the policy, and there is a compiler."""
     is_listed = type(policy) in _SCORES and getattr(policy, "rope", "keep") == "keep"
-    return is_listed and find_spec("numba") is not None
+    has_memory = isinstance(policy, MemoryPolicy) and policy.has_memory
+    return is_listed and not has_memory and find_spec("numba") is not None
 
 
 def rule_for(policy: CachePolicy, layer: int, kv_head: int) -> Rule:
@@ -79,6 +92,7 @@ def rule_for(policy: CachePolicy, layer: int, kv_head: int) -> Rule:
     score, law = _SCORES[type(policy)](policy), policy.occupancy
     if not isinstance(policy, EvictionPolicy):
         return Rule(score, POOL_MEAN, 1.0, False, 0, 0, _NEVER, 1, np.uint64(0))
+    assert law.retained is not None, "it evicts"
     accumulation = policy.accumulation
     return Rule(
         score=score,
@@ -87,7 +101,7 @@ def rule_for(policy: CachePolicy, layer: int, kv_head: int) -> Rule:
         is_relative=accumulation.relative,
         sinks=policy.sink_slots,
         recent=policy.recent_slots,
-        retained=policy.budget,
+        retained=law.retained,
         interval=law.interval,
         hash=np.uint64(_chain(policy.seed, layer, kv_head) if isinstance(policy, Random) else 0),
     )

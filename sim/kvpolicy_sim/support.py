@@ -6,6 +6,7 @@ from typing import get_args
 
 from kvpolicy import CachePolicy, EvictionPolicy, PolicyError, UnsupportedError
 from kvpolicy.memory.policy import MemoryPolicy
+from kvpolicy.policies.infini import Infini
 from kvpolicy.policy import NEEDS
 from kvpolicy.trace import Header, Trace
 from kvpolicy.trace import Sequence as TracedSequence
@@ -24,8 +25,20 @@ def require_oracle(header: Header) -> None:
         raise UnsupportedError("the oracle needs numba: install the extra sim of kvpolicy")
 
 
-def require_supported(header: Header, policies: Sequence[CachePolicy], level: str) -> None:
+def require_supported(
+    header: Header,
+    policies: Sequence[CachePolicy],
+    level: str,
+    *,
+    has_weights: bool = False,
+) -> None:
     """Raise unless every policy's decisions can be replayed exactly.
+
+    Args:
+        header: The trace's.
+        policies: The policies.
+        level: What they observe.
+        has_weights: Whether the model's weights are given beside the trace.
 
     Raises:
         PolicyError: There is no policy, or no such level.
@@ -36,15 +49,13 @@ def require_supported(header: Header, policies: Sequence[CachePolicy], level: st
     if level not in get_args(Level):
         raise PolicyError(f"unknown level {level!r}; choose from {', '.join(get_args(Level))}")
     for policy in policies:
-        reason = _unsupported(header, policy)
+        reason = _unsupported(header, policy) or _unsupported_memory(header, policy, has_weights)
         if reason:
             raise UnsupportedError(f"{policy}: {reason}")
 
 
 def _unsupported(header: Header, policy: CachePolicy) -> str | None:
     """Say why a policy cannot be replayed from a trace."""
-    if isinstance(policy, MemoryPolicy) and policy.has_memory:
-        return "memories are not replayed yet; use a policy that only evicts"
     if header.query_stride > 1 and (policy.needs or not is_compiled(policy)):
         return (
             f"its decisions need every query and the trace has every {header.query_stride}th; "
@@ -64,6 +75,52 @@ def _unsupported(header: Header, policy: CachePolicy) -> str | None:
             f"scope=layer takes the mean over all {header.num_kv_heads} KV heads and the trace "
             f"has {len(header.kv_heads)}; capture all heads, or use scope=head"
         )
+    return None
+
+
+def needs_weights(policy: CachePolicy) -> bool:
+    """Whether the policy's memory passes rows through the model's layers."""
+    return isinstance(policy, MemoryPolicy) and policy.has_memory and policy.needs_decoder
+
+
+def _unsupported_memory(header: Header, policy: CachePolicy, has_weights: bool) -> str | None:
+    """Say why a policy's memory cannot be replayed from a trace."""
+    if not (isinstance(policy, MemoryPolicy) and policy.has_memory):
+        return None
+    reason = reason_against_raw_keys(header)
+    if reason:
+        return f"its memory looks at keys before their rotation, and {reason}"
+    if needs_weights(policy) and not has_weights:
+        return (
+            "its memory passes through the layers' weights, which a trace has not; give the "
+            "model's folder with --weights (model= in Python), or use level=kv"
+        )
+    is_whole = needs_weights(policy) or _has_trained_gates(policy)
+    if is_whole and len(header.kv_heads) < header.num_kv_heads:
+        return (
+            f"it needs all {header.num_kv_heads} KV heads of a layer and the trace has "
+            f"{len(header.kv_heads)}; capture all heads"
+        )
+    return None
+
+
+def _has_trained_gates(policy: CachePolicy) -> bool:
+    if not (isinstance(policy, Infini) and isinstance(policy.gate, str)):
+        return False
+    return policy.gate not in ("closed", "calibrated")
+
+
+def reason_against_raw_keys(header: Header) -> str | None:
+    """Say why queries and keys of a trace cannot be turned back to before their rotation."""
+    rope = header.rope
+    if rope is None:
+        return (
+            "the trace's header does not say how they are rotated; capture a model with rotary "
+            "embeddings again, or use a policy that only evicts"
+        )
+    if rope.interleaved or 2 * len(rope.inverse_frequencies) != header.head_dim:
+        how = "interleaved pairs" if rope.interleaved else "only a part of each head"
+        return f"the trace's RoPE rotates {how}; use a policy that only evicts"
     return None
 
 

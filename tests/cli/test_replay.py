@@ -5,6 +5,7 @@ import json
 import pytest
 
 from fixtures.traces import Shape, header_of, random_layers, write_trace
+from kvpolicy import parse
 from kvpolicy.cli import main
 
 SHAPE = Shape(tokens=200)
@@ -62,6 +63,40 @@ def test_html_is_written_where_asked(path, tmp_path):
     page = tmp_path / "r.html"
     assert main(["replay", path, "--policy", "h2o:budget=64", "--html", str(page)]) == 0
     assert "h2o:budget=64" in page.read_text("utf-8")
+
+
+def test_memories_have_columns_of_their_own(path, capsys):
+    """The memory's share, merged tokens and slot equivalents stand where a policy has a memory."""
+    assert main(["replay", path, "--policy", "centroid:budget=64,slots=16"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (header,) = (line for line in lines if line.startswith("policy "))
+    assert all(name in header for name in ("memory share", "merged", "slots"))
+    rows = {line.split()[0]: line.split() for line in lines if ":budget=64" in line}
+    assert "-" in rows["sinks:budget=64"]
+    assert (
+        str(parse("centroid:budget=64,slots=16").occupancy.evicted(200))
+        in rows["centroid:budget=64,slots=16"]
+    )
+    assert main(["replay", path, "--policy", "window:budget=64"]) == 0
+    assert "memory share" not in capsys.readouterr().out
+
+
+def test_weights_are_read_for_policies_that_need_them(tmp_path, capsys):
+    """--weights gives level=model the bundled model's layers; without it the advice names it."""
+    import torch
+
+    import kvpolicy_sim
+    from fixtures.models import SMALL_SHAPE, random_llama
+
+    model, spec = random_llama(**SMALL_SHAPE).eval(), "fam:block=8,segments=1,slots=4,level=model"
+    model.save_pretrained(tmp_path / "model")
+    trace = str(tmp_path / "t.kvtrace")
+    kvpolicy_sim.capture(model, torch.arange(60), trace)
+    capsys.readouterr()
+    assert main(["replay", trace, "--policy", spec]) == 2
+    assert "--weights" in capsys.readouterr().err
+    assert main(["replay", trace, "--policy", spec, "--weights", str(tmp_path / "model")]) == 0
+    assert "memory share" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvpolicy_sim
+from fixtures.replays import full_attention, relative_error, retained_mass
 from fixtures.traces import Shape, header_of, random_layers, write_trace
 from oracles.dense import replay_layer
 from strategies import SEEDS, attended_specs
@@ -57,28 +58,8 @@ def assert_follows_oracle(report, spec, layer, x):
     expected = np.stack([retained_mass(mass, host, t) for t in range(tokens)], axis=-1)  # [H, T]
     got = outcome.retained_mass.reshape(expected.shape)
     np.testing.assert_allclose(got, expected, rtol=2e-5, atol=1e-7)
-    error = np.linalg.norm(run.outputs - outputs, axis=(0, 2)) / np.linalg.norm(
-        outputs, axis=(0, 2)
-    )
+    error = relative_error(run.outputs, outputs)
     np.testing.assert_allclose(outcome.output_error, error, rtol=1e-4, atol=2e-6)
-
-
-def full_attention(x):
-    """Causal attention in float64: weights [H, T, T] and outputs [H, T, D]."""
-    group = x.q.shape[0] // x.k.shape[0]
-    q, k, v = (y.double().numpy() for y in (x.q, x.k, x.v))
-    logits = q @ np.repeat(k, group, 0).transpose(0, 2, 1) / q.shape[-1] ** 0.5
-    logits[:, np.triu(np.ones(logits.shape[1:], bool), 1)] = -np.inf
-    weights = np.exp(logits - logits.max(-1, keepdims=True))
-    weights /= weights.sum(-1, keepdims=True)
-    return weights, weights @ np.repeat(v, group, 0)
-
-
-def retained_mass(weights, host, t):
-    """Mass that query t puts on what it saw: what was held before its own eviction; [H]."""
-    group = weights.shape[0] // len(host[0])
-    seen = [[*(host[t - 1][head] if t else []), t] for head in range(len(host[0]))]
-    return np.array([weights[h, t, seen[h // group]].sum() for h in range(weights.shape[0])])
 
 
 @pytest.mark.parametrize("spec", SPECS)

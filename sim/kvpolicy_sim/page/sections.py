@@ -228,8 +228,8 @@ def _section(heading: str, introduction: str, *content: Markup) -> Markup:
 
 
 def _budgets(report: Report) -> list[int]:
-    """Budgets of all policies, ascending."""
-    return sorted({r.budget for r in report.results.values() if r.budget is not None})
+    """Budgets of all policies, ascending; those that keep no token past a segment have none."""
+    return sorted({r.budget for r in report.results.values() if r.budget})
 
 
 def _range(noun: str, indices: Sequence[int]) -> str:

@@ -53,7 +53,7 @@ class Column:
         group: What it is about; neighbours of one group share a heading.
         title: Which figure of the group.
         path: Keys under which an entry has it.
-        best: `max` or `min`.
+        best: `max` or `min`; None for a figure of which neither is better.
         show: How it is written.
         below: A remark in small print, empty if there is none.
     """
@@ -61,7 +61,7 @@ class Column:
     group: str
     title: str
     path: tuple[str, ...]
-    best: Callable[[list[float]], float]
+    best: Callable[[list[float]], float] | None
     show: Callable[[float | None], str]
     below: Callable[[Entry], str] = lambda _: ""
 
@@ -85,6 +85,8 @@ class Column:
         Policies whose figures look alike share a place; if all do, there is no best one.
         """
         found: set[int] = set()
+        if self.best is None:
+            return found
         for budget in {row.result.budget for row in rows if row.evicts}:
             values = {
                 row.key.number: value
@@ -183,6 +185,15 @@ def _bootstrap(entry: Entry) -> str:
     return "" if found is None else interval(found[0], found[1], 4)
 
 
+def _merged(entry: Entry) -> str:
+    """What a memory stands for; empty where there is none."""
+    return "" if entry["memory_share"] is None else f"for {figure(entry['merged'])} tokens"
+
+
+def _slots(entry: Entry) -> str:
+    return f"{figure(entry['slot_equivalents'], 1)} slots"
+
+
 def _least_regret(entry: Entry) -> str:
     """Where the interval begins whose end the cell shows; empty if it is a point."""
     if entry["regret"] is None:
@@ -201,7 +212,8 @@ COLUMNS = (
     Column("recall", "@16", ("recall", "16"), max, _digits(3)),
     Column("recall", "@64", ("recall", "64"), max, _digits(3)),
     Column("regret", "%", ("regret", "upper"), min, _digits(2, 100), _least_regret),
-    Column("memory", "K and V", ("bytes_kept",), min, size),
+    Column("absorbed", "attention on it", ("memory_share",), None, _digits(4), _merged),
+    Column("memory", "K and V", ("bytes_kept",), min, size, _slots),
     Column("time", "s", ("seconds",), min, _digits(2)),
 )
 """Figures of `policy_table`."""
