@@ -130,7 +130,7 @@ def context_lengths(text: str) -> tuple[int, ...]:
 
 def _require_pages(policy: CachePolicy) -> None:
     """Refuse policies whose requests vLLM's pages cannot hold."""
-    if isinstance(policy, MemoryPolicy) and policy.needs_decoder:
+    if isinstance(policy, MemoryPolicy) and policy.has_memory and policy.needs_decoder:
         raise UnsupportedError(
             f"{policy}: its memory needs the layers' weights, which vLLM does not give; it runs in "
             "transformers and in the simulator"

@@ -152,9 +152,10 @@ def _replay(
 def _table(report: Report, *, is_narrow: bool) -> Table:
     """One line per policy."""
     results = report.as_dict()["results"]
+    has_memory = any(result["memory_share"] is not None for result in results)
     columns = {
         "kept": lambda r: figure(100 * r["retention_ratio"], 1) + " %",
-        "retained mass": lambda r: _mass(r["retained_mass"], is_narrow),
+        "retained mass": lambda r: _mass(r["retained_mass"], is_narrow or has_memory),
         "p5": lambda r: figure(r["retained_mass"]["p5"], 4),
         "output error": lambda r: figure(r["output_error"]["mean"], 4),
         "memory share": lambda r: figure(r["memory_share"], 4),
@@ -162,10 +163,10 @@ def _table(report: Report, *, is_narrow: bool) -> Table:
         "recall@16": lambda r: figure((r["recall"] or {}).get("16"), 3),
         "regret": lambda r: _regret(r["regret"]),
         "bytes kept": lambda r: size(r["bytes_kept"]),
-        "slots": lambda r: figure(r["slot_equivalents"], 1),
+        "at peak": lambda r: size(r["bytes_at_peak"]),
         "steps/s": lambda r: figure(r["steps_per_second"], 0),
     }
-    hidden = _hidden(results, is_narrow=is_narrow)
+    hidden = _hidden(results, is_narrow=is_narrow, has_memory=has_memory)
     shown = {name: show for name, show in columns.items() if name not in hidden}
     rows = table("policy", *shown)
     for result in results:
@@ -173,13 +174,13 @@ def _table(report: Report, *, is_narrow: bool) -> Table:
     return rows
 
 
-def _hidden(results: Sequence[dict[str, Any]], *, is_narrow: bool) -> set[str]:
+def _hidden(results: Sequence[dict[str, Any]], *, is_narrow: bool, has_memory: bool) -> set[str]:
     """Columns that have nothing to say, or for which there is no room."""
-    hidden = {"p5", "merged", "recall@16", "slots", "steps/s"} if is_narrow else set[str]()
-    if all(result["memory_share"] is None for result in results):
-        hidden |= {"memory share", "merged", "slots"}
+    hidden = {"p5", "merged", "recall@16", "at peak", "steps/s"} if is_narrow else set[str]()
+    if has_memory:
+        hidden |= {"p5", "bytes kept", "steps/s"}
     else:
-        hidden |= {"p5", "steps/s"}
+        hidden |= {"memory share", "merged", "at peak"}
     if all(result["regret"] is None for result in results):
         hidden.add("regret")
     return hidden

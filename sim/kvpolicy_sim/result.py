@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from kvpolicy import CachePolicy, Ledger
-from kvpolicy.footprint import PAGE_STATE_BYTES
+from kvpolicy.footprint import PAGE_STATE_BYTES, peak_slots
 from kvpolicy.policy import EvictionPolicy
 from kvpolicy.trace import Header
 from kvpolicy.trace import Sequence as TracedSequence
@@ -249,9 +249,8 @@ class PolicyResult:
         counts = np.concatenate([(o.evicted_at > 0).sum(axis=1) for o in outcomes])
         evicted = float(counts.mean())
         evicted = int(evicted) if evicted.is_integer() else evicted
-        state = PAGE_STATE_BYTES if isinstance(self.policy, EvictionPolicy) else 0
         held, law = tokens - evicted, self.policy.occupancy
-        bytes_held = int((held + law.state_slots) * len(counts) * (self._cell_bytes + state))
+        bytes_held = int((held + law.state_slots) * len(counts) * self._slot_bytes)
         bytes_held += sum(outcome.beside_bytes for outcome in outcomes)
         return Ledger(
             policy=str(self.policy),
@@ -267,16 +266,29 @@ class PolicyResult:
             merged=_mean(outcome.merged for outcome in outcomes),
         ).check(law)
 
+    def bytes_at_peak(self, sequence: int) -> int:
+        """What a sequence took at its fullest moment: what has to be provided for it."""
+        outcomes = [o for (at, _), o in self.outcomes.items() if at == sequence]
+        slots = peak_slots(self.policy.occupancy, self.sequences[sequence].tokens)
+        beside = sum(outcome.beside_bytes for outcome in outcomes)
+        return beside + len(outcomes) * len(self.header.kv_heads) * slots * self._slot_bytes
+
     @property
     def _cell_bytes(self) -> int:
         """Key and value of a token in one KV head."""
         return (self.header.head_dim + self.header.value_dim) * ITEM_BYTES[self.header.dtype]
 
+    @property
+    def _slot_bytes(self) -> int:
+        """A cell with its policy state."""
+        is_evictable = isinstance(self.policy, EvictionPolicy)
+        return self._cell_bytes + (PAGE_STATE_BYTES if is_evictable else 0)
+
     def as_dict(self, level: str) -> dict[str, Any]:
         """One entry of ``results``, JSON-ready."""
         ledgers = [self.ledger(sequence) for sequence in self.sequences]
         tokens = sum(ledger.logical_tokens for ledger in ledgers)
-        regret, bytes_kept = self.regret, _mean(ledger.bytes_held for ledger in ledgers)
+        regret, peak = self.regret, _mean(map(self.bytes_at_peak, self.sequences))
         layers = len({layer for _, layer in self.outcomes})
         return {
             "policy": str(self.policy),
@@ -295,9 +307,9 @@ class PolicyResult:
             "head_mass": self.head_mass.tolist(),
             "evicted": _mean(ledger.evicted for ledger in ledgers),
             "merged": _mean(ledger.merged for ledger in ledgers),
-            "bytes_kept": bytes_kept,
-            "slot_equivalents": bytes_kept
-            / (layers * len(self.header.kv_heads) * self._cell_bytes),
+            "bytes_kept": _mean(ledger.bytes_held for ledger in ledgers),
+            "bytes_at_peak": peak,
+            "slot_equivalents": peak / (layers * len(self.header.kv_heads) * self._cell_bytes),
             "seconds": self.seconds,
             "steps_per_second": tokens / self.seconds if self.seconds else None,
         }

@@ -66,11 +66,11 @@ def test_html_is_written_where_asked(path, tmp_path):
 
 
 def test_memories_have_columns_of_their_own(path, capsys):
-    """The memory's share, merged tokens and slot equivalents stand where a policy has a memory."""
+    """The memory's share, merged tokens and bytes at peak stand where a policy has a memory."""
     assert main(["replay", path, "--policy", "centroid:budget=64,slots=16"]) == 0
     lines = capsys.readouterr().out.splitlines()
     (header,) = (line for line in lines if line.startswith("policy "))
-    assert all(name in header for name in ("memory share", "merged", "slots"))
+    assert all(name in header for name in ("memory share", "merged", "at peak"))
     rows = {line.split()[0]: line.split() for line in lines if ":budget=64" in line}
     assert "-" in rows["sinks:budget=64"]
     assert (

@@ -138,7 +138,9 @@ def test_bytes_count_slots_state_and_memories(spec, path):
     assert ledger.bytes_held == entry["bytes_kept"] == num_bytes
     assert ledger.slots_held == slots
     assert ledger.bytes_saved == 2 * 2 * 200 * 2 * 16 * 4 - num_bytes
-    assert entry["slot_equivalents"] == pytest.approx(num_bytes / (2 * 2 * 2 * 16 * 4))
+    peak = 2 * 2 * ((kept + law.interval + reserved) * (2 * 16 * 4 + 8) + floats * 4)
+    assert entry["bytes_at_peak"] == result.bytes_at_peak(0) == peak
+    assert entry["slot_equivalents"] == pytest.approx(peak / (2 * 2 * 2 * 16 * 4))
     policy = parse(spec)
     if isinstance(policy, Infini):
         assert policy.memory_floats(16, 2) == floats
@@ -184,7 +186,7 @@ def test_pages_show_memories(path, tmp_path):
     kvpolicy_sim.replay(path, specs, oracle=True).to_html(tmp_path / "r.html")
     text = (tmp_path / "r.html").read_text("utf-8")
     assert "absorbed" in text
-    assert "slots</small>" in text
+    assert "slots at peak</small>" in text
     plain = kvpolicy_sim.replay(path, specs[:2])
     plain.to_html(tmp_path / "p.html")
     assert "absorbed" not in (tmp_path / "p.html").read_text("utf-8")

@@ -191,7 +191,7 @@ def _merged(entry: Entry) -> str:
 
 
 def _slots(entry: Entry) -> str:
-    return f"{figure(entry['slot_equivalents'], 1)} slots"
+    return f"{figure(entry['slot_equivalents'], 1)} slots at peak"
 
 
 def _least_regret(entry: Entry) -> str:
