@@ -9,29 +9,25 @@ Axes: B rows (requests), H_kv KV heads, S slots, D head dimension.
 """
 
 import math
-from dataclasses import MISSING, dataclass, field, fields
-from types import NoneType
+from dataclasses import dataclass, field, fields
 from typing import (
     TYPE_CHECKING,
     Any,
     ClassVar,
     Literal,
     dataclass_transform,
-    get_args,
-    get_origin,
     get_type_hints,
 )
 
 from kvpolicy.errors import PolicyError
 from kvpolicy.occupancy import Occupancy
-from kvpolicy.spec import format_value, parse_number, parse_spans, shown
+from kvpolicy.parameter import Parameter, Spans, is_moderate, typed
+from kvpolicy.spec import format_value, shown
 
 if TYPE_CHECKING:
     from dataclasses import Field
 
     from torch import Tensor
-
-Spans = tuple[tuple[int, int], ...]
 
 NEEDS = ("last_row", "accumulated", "keys", "values")
 """What a policy may ask to see beside positions (``CachePolicy.needs``)."""
@@ -153,15 +149,15 @@ class CachePolicy:
 
     @property
     def _typed_values(self) -> tuple[Any, ...]:
-        return tuple(_typed(getattr(self, item.name)) for item in _fields(type(self)))
+        return tuple(typed(getattr(self, item.name)) for item in _fields(type(self)))
 
     def __str__(self) -> str:
         """The canonical spec: required keys and whatever differs from its default."""
         items = [
             f"{key}={format_value(value)}"
             for key, parameter in parameters(type(self)).items()
-            if _typed(value := getattr(self, parameter.attribute))
-            != _typed(parameter.default_for(self))
+            if typed(value := getattr(self, parameter.attribute))
+            != typed(parameter.default_for(self))
         ]
         name = self.name if _is_registered(self) else import_path(type(self))
         return f"{name}:{','.join(items)}" if items else name
@@ -200,6 +196,10 @@ class EvictionPolicy(CachePolicy):
             raise PolicyError(
                 f"{self.label}: budget and interval must be at least 1, "
                 f"got budget={self.budget}, interval={self.interval}"
+            )
+        if not is_moderate(self.budget):  # it may be worked out from moderate parameters
+            raise PolicyError(
+                f"{self.label}: budget comes to {shown(self.budget)}, expected less than 2**62"
             )
         for first, last in self.protect:
             if not 0 <= first < last:
@@ -354,96 +354,6 @@ class ScorePolicy(EvictionPolicy):
     def group_reduction(self) -> str:
         """How a KV head's query heads are reduced."""
         return self.group_pool
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """One spec key of a policy class.
-
-    Attributes:
-        attribute: Field name on the policy.
-        kind: The annotation: int, float, bool, str, a union, a Literal or Spans.
-        default: Default value, or MISSING when the key is required.
-    """
-
-    attribute: str
-    kind: Any
-    default: Any
-
-    @property
-    def is_required(self) -> bool:
-        """Whether a spec must give the key."""
-        return self.default is MISSING
-
-    def default_for(self, policy: CachePolicy) -> Any:
-        """The value that a spec may leave out, given the policy's other parameters."""
-        return policy.implied.get(self.attribute, self.default)
-
-    @property
-    def kinds(self) -> tuple[type, ...]:
-        """The plain types of a value, absence left out."""
-        return tuple(kind for kind in get_args(self.kind) or (self.kind,) if kind is not NoneType)
-
-    def describe(self) -> str:
-        """Say which values the key takes."""
-        if get_origin(self.kind) is Literal:
-            return " | ".join(str(choice) for choice in get_args(self.kind))
-        if self.kind == Spans:
-            return "spans (a:b,c:d)"
-        return " or ".join(kind.__name__ for kind in self.kinds)
-
-    def read(self, text: str, where: str) -> Any:
-        """Convert a spec's text into a value of this parameter's type."""
-        if self.kind == Spans:
-            value = parse_spans(text)
-        elif get_origin(self.kind) is Literal:
-            value = {str(choice): choice for choice in get_args(self.kind)}.get(text)
-        else:
-            value = self._read_plain(text)
-        if value is None:
-            raise PolicyError(f"{where}: got {shown(text)}, expected {self.describe()}")
-        return value
-
-    def _read_plain(self, text: str) -> int | float | bool | str | None:
-        if bool in self.kinds and text.lower() in ("true", "false"):
-            return text.lower() == "true"
-        number = parse_number(text) if {int, float} & {*self.kinds} else None
-        return text if number is None and str in self.kinds else number
-
-    def check(self, value: Any, where: str) -> None:
-        """Raise PolicyError unless `value` has this parameter's type and a moderate size."""
-        if get_origin(self.kind) is Literal:
-            fits = _typed(value) in map(_typed, get_args(self.kind))
-        elif self.kind == Spans:
-            fits = _is_spans(value)
-        elif value is None:
-            fits = NoneType in get_args(self.kind)
-        else:
-            kinds = (*self.kinds, int) if float in self.kinds else self.kinds
-            fits = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
-        if not fits:
-            raise PolicyError(f"{where}: got {shown(value)}, expected {self.describe()}")
-        if not _is_moderate(value):
-            raise PolicyError(f"{where}: got {shown(value)}, expected numbers below 2**62")
-
-
-def _typed(value: Any) -> tuple[type, Any]:
-    """A value beside its type, because 1 == 1.0 == True."""
-    return type(value), value
-
-
-def _is_spans(value: Any) -> bool:
-    return isinstance(value, tuple) and all(
-        isinstance(span, tuple) and len(span) == 2 and all(type(end) is int for end in span)
-        for span in value
-    )
-
-
-def _is_moderate(value: Any) -> bool:
-    """Whether numbers are finite and leave int64 tensors room to add two of them."""
-    if isinstance(value, tuple):
-        return all(_is_moderate(item) for item in value)
-    return not isinstance(value, int | float) or abs(value) < 1 << 62
 
 
 def parameters(cls: type[CachePolicy]) -> dict[str, Parameter]:

@@ -53,7 +53,9 @@ class Implementation(str):
 class AttendingLayer(Protocol):
     """What a cache layer offers to the attention function."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, positions: Tensor | None
+    ) -> Tensor:
         """Append the tokens of q [B, H, Q, D] and return their attention output."""
         ...
 
@@ -107,7 +109,7 @@ def attend(
         )
         return delegate(module, query, key, value, attention_mask, **kwargs)
     _require_inert(module, kwargs)
-    output = layer.attend(query, key, value, attention_mask)
+    output = layer.attend(query, key, value, attention_mask, kwargs.get("position_ids"))
     if torch.is_grad_enabled() and query.requires_grad:
         output = _ForwardOnly.apply(output, query)
     return output.transpose(1, 2), None

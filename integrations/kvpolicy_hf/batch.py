@@ -4,6 +4,7 @@ Padding has no position and no slot. The rows of a left-padded batch differ in l
 chunk of new columns is split into groups of rows that the core can advance together.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -39,6 +40,15 @@ class Chunk:
     num_columns: int
     new_tokens: list[int]
     groups: list[Group] | None
+
+    def columns(self) -> Iterator[tuple[int, list[int]]]:
+        """Rows that have tokens, and the columns that hold them."""
+        if self.groups is None:
+            every = list(range(self.num_columns))
+            yield from ((row, every) for row in range(len(self.new_tokens)))
+            return
+        for group in self.groups:
+            yield from zip(group.rows, group.columns, strict=True)
 
 
 @dataclass
@@ -81,6 +91,29 @@ class Batch:
         assert self._chunk is not None, "the first layer made it"
         self._next_layer = None
         return self._chunk
+
+    def require_positions(self, positions: Tensor) -> None:
+        """Raise UnsupportedError unless tokens were rotated at the positions counted here.
+
+        Attention between tokens sees distances only, so that an offset of a row, which padding
+        makes, changes nothing. A memory turns keys back to before their rotation.
+
+        Args:
+            positions: [B or 1, Q] of the forward under way; those of padding do not matter.
+        """
+        chunk = self._chunk
+        assert chunk is not None, "begin made it"
+        given = positions.expand(len(chunk.new_tokens), -1).tolist()
+        seen = self._seen(len(given))
+        for row, columns in chunk.columns():
+            got = [given[row][column] for column in columns]
+            if got != list(range(seen[row], seen[row] + len(columns))):
+                raise UnsupportedError(
+                    f"{self.policy}: its memory needs tokens at their own positions, but row {row} "
+                    f"has seen {seen[row]} tokens and goes on at {got[0]}; of padded rows pass "
+                    "position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0), the new tokens' "
+                    "columns of it, as generate() does"
+                )
 
     def finish(self, layer: int) -> None:
         """Note that a layer is done; after the last one the rows have advanced."""

@@ -177,7 +177,9 @@ class PolicyLayer(CacheLayerMixin):
         """Return the new keys and values, marked; `attend` stores them."""
         return mark(key_states, self), value_states
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, positions: Tensor | None
+    ) -> Tensor:
         """Append the tokens of q [B, H, Q, D] and return their attention output.
 
         Args:
@@ -185,6 +187,7 @@ class PolicyLayer(CacheLayerMixin):
             k: [B, H_kv, Q, D] keys, rotated.
             v: [B, H_kv, Q, D] values.
             mask: None or [B, 1, Q, Q]; its diagonal is False (or negative) at padding.
+            positions: [B or 1, Q] at which the model rotated q and k; None if it does not say.
 
         Returns:
             [B, H, Q, D], zero at padding.
@@ -192,6 +195,8 @@ class PolicyLayer(CacheLayerMixin):
         index = self.attention.index
         chunk = self._batch.begin(index, (q.shape[0], q.shape[2]), mask)
         try:
+            if self.attention.memory_policy is not None and positions is not None and index == 0:
+                self._batch.require_positions(positions)
             # Storage outlives the caller's inference mode, and gradients cannot enter it.
             with torch.inference_mode(False), torch.no_grad():
                 slots = self.attention.new_slots(q, k, v) if self.slots is None else self.slots

@@ -13,6 +13,7 @@ from vllm import _custom_ops as ops
 from vllm import envs
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
@@ -23,14 +24,18 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from kvpolicy import CachePolicy, EvictionPolicy, UnsupportedError
 from kvpolicy.attention import AttentionLayer
+from kvpolicy.memory.state import Setting, Shape
 from kvpolicy.rotary import Rotary
+from kvpolicy_vllm.allotment import PageShape, allotment_of, memory_policy
 from kvpolicy_vllm.config import check_engine
 from kvpolicy_vllm.dispatch import forget_choice
 from kvpolicy_vllm.engine import Engine
-from kvpolicy_vllm.execution import LayerBatch, attend_in_place, decide, walk
+from kvpolicy_vllm.execution import LayerBatch, attend_in_place, decide, place, walk
 from kvpolicy_vllm.kernel import Kernel
+from kvpolicy_vllm.memory import PagedMemory, rehearse
 from kvpolicy_vllm.pages import Pages
 from kvpolicy_vllm.plan import NULL_BLOCK, InPlace, Plan, Row, make_plan
+from kvpolicy_vllm.recollection import recollect
 from kvpolicy_vllm.recording import RecordedRow
 from kvpolicy_vllm.spec import RetentionSpec
 
@@ -42,7 +47,7 @@ if TYPE_CHECKING:
 _MAX_POLICIES = 256
 """Distinct policies that a layer remembers; requests may bring any number."""
 
-REINDEXABLE = ("llama", "qwen3", "mistral", "gemma")
+PLAIN_ROTARY = ("llama", "qwen3", "mistral", "gemma")
 """Model types whose rotary embedding is known to be half-split and in every layer."""
 
 
@@ -62,10 +67,16 @@ class RetentionMetadata:
 
 
 class RetentionBackend(CPUAttentionBackend):
-    """CPU attention under a policy; `backend_for` makes one subclass per engine."""
+    """CPU attention under a policy; `backend_for` makes one subclass per engine.
+
+    Attributes:
+        policy: The server's policy.
+        group: Query heads per KV head.
+    """
 
     forward_includes_kv_cache_update = True
     policy: ClassVar[CachePolicy]
+    group: ClassVar[int]
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
@@ -79,7 +90,9 @@ class RetentionBackend(CPUAttentionBackend):
                 f"kv_policy={cls.policy} needs layers of plain full attention, "
                 f"got {type(spec).__name__}; choose another model or drop the policy"
             )
-        return RetentionSpec.from_full(spec, cls.policy.occupancy)
+        return RetentionSpec.from_full(
+            spec, allotment_of(cls.policy, _page_shape(spec, cls.group)).law
+        )
 
     @staticmethod
     def get_impl_cls() -> type["RetentionImpl"]:
@@ -100,7 +113,15 @@ def backend_for(vllm_config: "VllmConfig", policy: CachePolicy) -> type[Retentio
         UnsupportedError: The engine uses a feature that the policy cannot work with.
     """
     check_engine(vllm_config, policy)
-    return type(RetentionBackend.__name__, (RetentionBackend,), {"policy": policy})
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    group = model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
+    members = {"policy": policy, "group": group}
+    return type(RetentionBackend.__name__, (RetentionBackend,), members)
+
+
+def _page_shape(spec: AttentionSpec, group: int) -> PageShape:
+    """What a block of a layer holds of one KV head."""
+    return PageShape(spec.block_size, spec.head_size, spec.dtype.itemsize, group)
 
 
 class RetentionMetadataBuilder(CPUAttentionMetadataBuilder):
@@ -113,9 +134,10 @@ class RetentionMetadataBuilder(CPUAttentionMetadataBuilder):
         vllm_config: "VllmConfig",
         device: torch.device,
     ) -> None:
-        """Find the engine, and tell its book what a block costs."""
+        """Find the engine, and tell it what a block holds and costs."""
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.engine = Engine.of(vllm_config)
+        self.engine.page = _page_shape(kv_cache_spec, self.num_heads // self.num_kv_heads)
         self.engine.book.page_bytes = kv_cache_spec.page_size_bytes
         self.engine.book.full_page_bytes = kv_cache_spec.unpadded_page_size_bytes
 
@@ -145,8 +167,9 @@ class RetentionMetadataBuilder(CPUAttentionMetadataBuilder):
                 continue
             policy, total = self.engine.policy_of_row(index), lengths[index]
             request_id = self.engine.request_id_of_row(index, first_blocks[index])
-            account = self.engine.book.post(request_id, policy, total - count, total)
-            rows.append(Row(index, policy, starts[index], count, total - count, account))
+            allotment, seen = self.engine.allotment_of(policy), total - count
+            account = self.engine.book.post(request_id, policy, allotment, seen=seen, total=total)
+            rows.append(Row(index, policy, starts[index], count, seen, account))
         return rows
 
     def _schedule(self, part: InPlace) -> Tensor:
@@ -177,14 +200,13 @@ class RetentionImpl(CPUAttentionBackendImpl):
         vllm_config = get_current_vllm_config()
         self.engine = Engine.of(vllm_config)
         self._check_layer()
-        self.engine.has_layers = True
         self.rotary = _plain_rotary(vllm_config.model_config.hf_text_config, head_size)
-        if _reindexes(self.engine.policy) and self.rotary is None:
-            raise UnsupportedError(
-                f"{self.engine.policy}: rope=reindex needs plain rotary embeddings without "
-                f"scaling, in a model of type {', '.join(REINDEXABLE)}; use rope=keep"
-            )
-        self._layers: dict[Any, AttentionLayer] = {}
+        self._check_rotary()
+        if not self.engine.has_layers:  # once for all layers
+            self._rehearse(vllm_config)
+        self.engine.has_layers = True
+        self._layers: dict[CachePolicy, AttentionLayer] = {}
+        self._memories: dict[CachePolicy, PagedMemory] = {}
         self._bound_to: int | None = None
         self._kernel: Kernel
         self._pages: Pages
@@ -205,6 +227,41 @@ class RetentionImpl(CPUAttentionBackendImpl):
                     f"kv_policy={self.engine.policy} does not work with {feature}; "
                     "choose another model or drop the policy"
                 )
+
+    def _check_rotary(self) -> None:
+        """Refuse policies that turn keys or queries in models that rotate them otherwise."""
+        policy = self.engine.policy
+        if self.rotary is not None:
+            return
+        for applies, what, instead in (
+            (_reindexes(policy), "rope=reindex", "use rope=keep"),
+            (memory_policy(policy) is not None, "its memory", "use a policy that only evicts"),
+        ):
+            if applies:
+                raise UnsupportedError(
+                    f"{policy}: {what} needs plain rotary embeddings without scaling, in a model "
+                    f"of type {', '.join(PLAIN_ROTARY)}; {instead}"
+                )
+
+    def _rehearse(self, vllm_config: "VllmConfig") -> None:
+        """Refuse a server's policy whose parameters do not fit the model."""
+        policy = memory_policy(self.engine.policy)
+        if policy is None:
+            return
+        assert self.rotary is not None, "checked before"
+        shape = Shape(
+            rows=1,
+            kv_heads=self.num_kv_heads,
+            group=self.num_queries_per_kv,
+            head_dim=self.head_size,
+            value_dim=self.head_size,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+        )
+        num_layers = vllm_config.model_config.get_num_layers(vllm_config.parallel_config)
+        with set_default_torch_dtype(torch.float32):  # as in a forward; here it is the model's
+            for index in range(num_layers):
+                rehearse(policy, Setting(index, self.scale, self.rotary, 0, None), shape)
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]: our own metadata
         self,
@@ -234,33 +291,59 @@ class RetentionImpl(CPUAttentionBackendImpl):
         plan, index = attn_metadata.plan, extract_layer_index(layer.layer_name)
         self._bind(kv_cache, layer.isa, index)
         batch = LayerBatch(query, key, value, output)
+        if plan.placement is not None:
+            place(plan.placement, self._kernel, self._pages, batch)
         if plan.in_place is not None:
             assert attn_metadata.schedule is not None, "made with the plan"
-            attend_in_place(plan.in_place, self._kernel, self._pages, batch, attn_metadata.schedule)
+            attend_in_place(plan.in_place, self._kernel, batch, attn_metadata.schedule)
         for decision in plan.decisions:
             decide(decision, self._layer(decision.policy, index), self._pages, query)
+        for part in plan.recollections:
+            memory = self._memory(part.policy, index)
+            assert memory is not None, "only policies with a memory read one"
+            recollect(part, memory, batch)
         for part in plan.walks:
-            walk(part, self._layer(part.policy, index), self._pages, batch)
+            layer_, memory = self._layer(part.policy, index), self._memory(part.policy, index)
+            walk(part, layer_, self._pages, batch, memory)
         for row in attn_metadata.recorded:
             row.record(index, batch, self._pages, self.scale)
         return output
 
-    def _layer(self, policy: Any, index: int) -> AttentionLayer:
+    def _layer(self, policy: CachePolicy, index: int) -> AttentionLayer:
         """The core's view of this layer under a policy."""
         layer = self._layers.get(policy)
         if layer is None:
             if len(self._layers) >= _MAX_POLICIES:
                 self._layers.clear()
+                self._memories.clear()
             layer = AttentionLayer(policy, index, self.scale, self.rotary)
             self._layers[policy] = layer
         return layer
+
+    def _memory(self, policy: CachePolicy, index: int) -> PagedMemory | None:
+        """Where memories of a policy's requests lie in this layer, if they have any."""
+        remembering = memory_policy(policy)
+        if remembering is None:
+            return None
+        memory = self._memories.get(policy)
+        if memory is None:
+            memory = self._memories[policy] = PagedMemory(
+                layer=self._layer(policy, index),
+                policy=remembering,
+                pages=self._pages,
+                allotment=self.engine.allotment_of(policy),
+                group=self.num_queries_per_kv,
+            )
+        return memory
 
     def _bind(self, kv_cache: Tensor, isa: str, index: int) -> None:
         """View this layer's cache when vLLM first hands it over, or another one."""
         if self._bound_to != kv_cache.data_ptr():
             self._bound_to = kv_cache.data_ptr()
+            self._memories.clear()
             self._kernel = Kernel.over(kv_cache, isa, self.scale)
-            self._pages = self.engine.book.layers[index] = Pages.of(kv_cache, isa)
+            self._pages = Pages.of(kv_cache, isa, self.engine.scratch)
+            self.engine.book.layers[index] = self._pages
 
 
 def _reindexes(policy: Any) -> bool:
@@ -269,7 +352,7 @@ def _reindexes(policy: Any) -> bool:
 
 def _plain_rotary(config: Any, head_size: int) -> Rotary | None:
     """The model's RoPE if it is known to be plain: half-split, full head width, no scaling."""
-    if getattr(config, "model_type", None) not in REINDEXABLE:
+    if getattr(config, "model_type", None) not in PLAIN_ROTARY:
         return None
     parameters = getattr(config, "rope_parameters", None) or {}
     theta = parameters.get("rope_theta", getattr(config, "rope_theta", None))

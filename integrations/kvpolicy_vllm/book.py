@@ -15,6 +15,8 @@ from torch import Tensor
 from vllm.logger import init_logger
 
 from kvpolicy import CachePolicy, Ledger, LedgerError
+from kvpolicy_vllm.allotment import Allotment
+from kvpolicy_vllm.memory import PagedMemory
 from kvpolicy_vllm.pages import Pages, rows_of
 
 logger = init_logger(__name__)
@@ -42,15 +44,19 @@ class Account:
 
     Attributes:
         policy: Its policy.
+        allotment: What its blocks hold.
         tokens: Tokens processed.
         evicted_cells: Slots evicted, counted over all layers and KV heads.
         policy_seconds: Time spent observing and evicting.
+        memories: Where its memory lies, by layer; only layers in which it was written.
     """
 
     policy: CachePolicy
+    allotment: Allotment
     tokens: int = 0
     evicted_cells: int = 0
     policy_seconds: float = 0.0
+    memories: dict[int, PagedMemory] = field(default_factory=dict)
 
 
 @dataclass
@@ -75,7 +81,9 @@ class Book:
     states: OrderedDict[str, dict[int, Tensor]] = field(default_factory=OrderedDict)
     faults: deque[str] = field(default_factory=lambda: deque(maxlen=_MAX_FAULTS))
 
-    def post(self, request_id: str, policy: CachePolicy, seen: int, total: int) -> Account:
+    def post(
+        self, request_id: str, policy: CachePolicy, allotment: Allotment, *, seen: int, total: int
+    ) -> Account:
         """The account of a request that advances from `seen` to `total` tokens.
 
         A request that starts over, after preemption, gets a new account.
@@ -84,7 +92,7 @@ class Book:
         if account is None or seen == 0:
             if account is not None:
                 self._check(request_id, account)
-            account = self.accounts[request_id] = Account(policy)
+            account = self.accounts[request_id] = Account(policy, allotment)
         account.tokens = total
         return account
 
@@ -95,7 +103,7 @@ class Book:
             return
         name = external_id(request_id)
         self._check(name, account)
-        self.ledgers[name] = self._ledger(account, len(blocks))
+        self.ledgers[name] = self._ledger(account, blocks)
         self.states[name] = _retained(self.layers, account, blocks)
         if len(self.ledgers) > _MAX_LEDGERS:
             self.ledgers.popitem(last=False)
@@ -112,18 +120,20 @@ class Book:
     def _check(self, name: str, account: Account) -> None:
         """Note a fault if what was evicted is not the occupancy law's figure."""
         try:
-            self._ledger(account, 0).check(account.policy.occupancy)
+            self._ledger(account, ()).check(account.policy.occupancy)
         except LedgerError as error:
             self.faults.append(f"request {name}: {error}")
             logger.error("kvpolicy: %s", self.faults[-1])
 
-    def _ledger(self, account: Account, num_blocks: int) -> Ledger:
-        """Measured figures of a request; tokens are means over layers and KV heads."""
+    def _ledger(self, account: Account, blocks: Sequence[int]) -> Ledger:
+        """Measured figures of a request; tokens are means over layers and KV heads.
+
+        Without blocks they leave out what these hold.
+        """
         block_size = next(iter(self.layers.values())).block_size
         heads = sum(pages.positions.shape[1] for pages in self.layers.values())
-        evicted = account.evicted_cells / heads
-        evicted = int(evicted) if evicted.is_integer() else evicted
-        num_layers, policy = len(self.layers), account.policy
+        evicted = _plain(account.evicted_cells / heads)
+        num_layers, policy, num_blocks = len(self.layers), account.policy, len(blocks)
         full_blocks = -(-account.tokens // block_size)
         return Ledger(
             policy=str(policy),
@@ -137,6 +147,7 @@ class Book:
             * num_layers,
             evictions=int(evicted // policy.occupancy.interval),
             policy_seconds=account.policy_seconds,
+            merged=_merged(account, blocks, evicted) if blocks else 0,
         )
 
     def retained(self, request_id: str, blocks: Sequence[int]) -> dict[int, Tensor]:
@@ -157,7 +168,7 @@ class Book:
         ledgers = dict(self.ledgers)
         for request_id, blocks in open_blocks.items():
             account = self.accounts[request_id]
-            ledger = self._ledger(account, len(blocks)).check(account.policy.occupancy)
+            ledger = self._ledger(account, blocks).check(account.policy.occupancy)
             ledgers[external_id(request_id)] = ledger
         requests = {name: ledger.as_dict() for name, ledger in ledgers.items()}
         totals = {key: sum(entry[key] for entry in requests.values()) for key in _SUMMED}
@@ -173,11 +184,27 @@ def _retained(
     layers: Mapping[int, Pages], account: Account, blocks: Sequence[int]
 ) -> dict[int, Tensor]:
     """Positions held in every layer: [H_kv, kept] int32, ascending."""
-    held, index = account.policy.occupancy.held(account.tokens), torch.tensor([list(blocks)])
+    law, index = account.allotment.law, torch.tensor([list(blocks)])
+    first, held = law.state_slots, law.held(account.tokens)
     return {
-        layer: rows_of(pages.positions, index, held)[0].sort(dim=-1).values
+        layer: rows_of(pages.positions, index, first + held)[0, :, first:].sort(dim=-1).values
         for layer, pages in layers.items()
     }
+
+
+def _merged(account: Account, blocks: Sequence[int], evicted: int | float) -> int | float:
+    """Evicted tokens that a request's memories stand for, mean over layers and KV heads."""
+    index = torch.tensor([list(blocks)])
+    counts = [
+        memory.policy.merged(memory.load(index), 0, evicted)  # pyright: ignore[reportArgumentType]
+        for memory in account.memories.values()
+    ]
+    return _plain(sum(counts) / max(len(counts), 1))
+
+
+def _plain(mean: float) -> int | float:
+    """The mean as an integer where it is one."""
+    return int(mean) if mean.is_integer() else mean
 
 
 def _num_bytes(states: Mapping[str, Mapping[int, Tensor]]) -> int:

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvpolicy import CachePolicy, EvictionPolicy, PolicyError, UnsupportedError, parse
-from kvpolicy.memory.policy import MemoryPolicy
+from kvpolicy.policies.compressive import Compressive
+from kvpolicy.policies.infini import Infini
+from kvpolicy_vllm.allotment import memory_policy
 from kvpolicy_vllm.capture import Capture
 
 if TYPE_CHECKING:
@@ -80,8 +82,12 @@ def check_policy(policy: CachePolicy) -> None:
     """
     if isinstance(policy, EvictionPolicy) and policy.prefill != "stream":
         raise UnsupportedError(f"{policy}: vLLM runs prefill=stream only; drop prefill=bulk")
-    if isinstance(policy, MemoryPolicy) and policy.has_memory:
-        raise UnsupportedError(f"{policy}: vLLM keeps no memories yet; use a policy that evicts")
+    remembering = memory_policy(policy)
+    if remembering is not None and remembering.needs_decoder:
+        raise UnsupportedError(
+            f"{policy}: its memory goes through the layer's own weights, which vLLM does not show "
+            "its attention; run it in transformers or in the simulator, or use fam:level=kv"
+        )
 
 
 def check_engine(vllm_config: "VllmConfig", policy: CachePolicy) -> None:
@@ -148,12 +154,7 @@ def check_request(policy: CachePolicy, server: CachePolicy) -> None:
         PolicyError: It needs more slots than the server allots, or other positions.
     """
     check_policy(policy)
-    needed, allotted = policy.occupancy.capacity, server.occupancy.capacity
-    if allotted is not None and (needed is None or needed > allotted):
-        raise PolicyError(
-            f"{policy} needs {'unboundedly many' if needed is None else needed} slots, "
-            f"the server's {server} allots {allotted} (budget + interval); lower the budget"
-        )
+    _check_room(policy, server)
     for key in ("rope", "rope_beyond"):
         asked = getattr(policy, key, None)
         given = getattr(server, key, "keep" if key == "rope" else None)
@@ -164,11 +165,54 @@ def check_request(policy: CachePolicy, server: CachePolicy) -> None:
             )
 
 
+def _check_room(policy: CachePolicy, server: CachePolicy) -> None:
+    """Refuse a request's policy that needs more than the server's law allots.
+
+    What a memory of numbers takes depends on the model, which is not known where requests enter.
+    So it is left out on both sides, and requests may have one where the server's policy is of
+    the same class.
+    """
+    needed, allotted = policy.occupancy.capacity, server.occupancy.capacity
+    if allotted is not None and (needed is None or needed > allotted):
+        raise PolicyError(
+            f"{policy} needs {'unboundedly many' if needed is None else needed} slots, "
+            f"the server's {server} allots {allotted} (budget + interval); lower the budget"
+        )
+    needed, allotted = policy.occupancy.state_slots, server.occupancy.state_slots
+    if needed > allotted:
+        raise PolicyError(
+            f"{policy} keeps {needed} memory slots beside its tokens, the server's {server} "
+            f"allots {allotted}: blocks follow the server's policy from a request's first token "
+            "on; ask for fewer memory slots, or start the server with a policy that has as many"
+        )
+    if _keeps_numbers(policy) and not (_keeps_numbers(server) and type(policy) is type(server)):
+        raise PolicyError(
+            f"{policy} keeps a memory of numbers, for which the server's {server} allots no "
+            f"blocks: they follow the server's policy from a request's first token on; start the "
+            f"server with {policy.label} and a gate that is open"
+        )
+
+
+def _keeps_numbers(policy: CachePolicy) -> bool:
+    """Whether a policy's memory is numbers, not slots."""
+    remembering = memory_policy(policy)
+    return remembering is not None and remembering.memory_floats(1, 1) > 0
+
+
+def _named_file(policy: CachePolicy) -> str | None:
+    """The file of parameters that a policy would read."""
+    if isinstance(policy, Compressive):
+        return policy.weights
+    if isinstance(policy, Infini) and isinstance(policy.gate, str):
+        return None if policy.is_calibrated or not policy.has_memory else policy.gate
+    return None
+
+
 def request_policy(params: "SamplingParams") -> CachePolicy | None:
     """The policy that a request asks for by itself, None if it does not.
 
     Raises:
-        PolicyError: It is not a spec with a policy's name.
+        PolicyError: It is not a spec with a policy's name, or it names a file.
     """
     spec = (params.extra_args or {}).get(KEY)
     if spec is None:
@@ -178,7 +222,14 @@ def request_policy(params: "SamplingParams") -> CachePolicy | None:
             f"{KEY} of a request must be a spec string with a policy's name, got {spec!r}; "
             "import paths are for the server's own policy only"
         )
-    return parse(spec)
+    policy = parse(spec)
+    path = _named_file(policy)
+    if path is not None:
+        raise PolicyError(
+            f"{KEY} of a request must not name a file, got {path!r}; files of parameters are for "
+            "the server's own policy only"
+        )
+    return policy
 
 
 def request_capture(params: "SamplingParams") -> bool | None:

@@ -8,6 +8,7 @@ from weakref import WeakValueDictionary
 from vllm.logger import init_logger
 
 from kvpolicy import CachePolicy, PolicyError, UnsupportedError
+from kvpolicy_vllm.allotment import Allotment, PageShape, allotment_of
 from kvpolicy_vllm.book import Book
 from kvpolicy_vllm.config import (
     check_request,
@@ -16,6 +17,7 @@ from kvpolicy_vllm.config import (
     request_capture,
     request_policy,
 )
+from kvpolicy_vllm.pages import Scratch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
 
 logger = init_logger(__name__)
 
+_MAX_POLICIES = 256
+"""Distinct policies whose allotments are remembered; requests may bring any number."""
+
 _engines: "WeakValueDictionary[str, Engine]" = WeakValueDictionary()
 """Engines by their configuration's `instance_id`; vLLM's own objects keep them alive."""
 
@@ -43,6 +48,8 @@ class Engine:
         book: Accounts of its requests.
         rows: Policies that requests asked for, by row of the running batch.
         has_layers: Whether a layer has been built with this host's attention.
+        page: What a block holds of one head; None before vLLM has made its pages.
+        scratch: Memory that all layers use in turn.
         runner: vLLM's model runner, which knows the requests; None where the engine was
             configured without `kvpolicy_vllm.worker`.
         recorder: Writes requests to traces; None where nothing is captured.
@@ -52,8 +59,11 @@ class Engine:
     book: Book = field(default_factory=Book)
     rows: dict[int, CachePolicy] = field(default_factory=dict)
     has_layers: bool = False
+    page: PageShape | None = None
+    scratch: Scratch = field(default_factory=Scratch)
     runner: "GPUModelRunner | None" = None
     recorder: "Recorder | None" = None
+    _allotments: dict[CachePolicy, Allotment] = field(default_factory=dict)
 
     @classmethod
     def start(cls, vllm_config: "VllmConfig") -> "Engine | None":
@@ -115,6 +125,16 @@ class Engine:
     def policy_of_row(self, row: int) -> CachePolicy:
         """Policy of a row of the running batch."""
         return self.rows.get(row, self.policy)
+
+    def allotment_of(self, policy: CachePolicy) -> Allotment:
+        """What a request under a policy holds in this engine's blocks."""
+        found = self._allotments.get(policy)
+        if found is None:
+            assert self.page is not None, "requests come after vLLM has made its pages"
+            if len(self._allotments) >= _MAX_POLICIES:
+                self._allotments.clear()
+            found = self._allotments[policy] = allotment_of(policy, self.page)
+        return found
 
     def follow(self, update: "BatchUpdate") -> None:
         """Keep every row's policy with its request: removed, then added, then moved rows.

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from kvpolicy.attention import AttentionLayer
 from kvpolicy.lookahead import extend
+from kvpolicy.memory.state import slots_of
 from kvpolicy.selection import select_victims
 from kvpolicy.slots import Slots
 from kvpolicy_vllm.kernel import Kernel
+from kvpolicy_vllm.memory import PagedMemory
 from kvpolicy_vllm.pages import Cells, Pages, put_rows, rows_of
-from kvpolicy_vllm.plan import Decision, InPlace, Row, Walk
+from kvpolicy_vllm.plan import Decision, InPlace, Placement, Row, Walk
 
 _MAX_LOGITS = 1 << 22
 """Query-key products held at once while attention is recorded."""
@@ -38,17 +40,21 @@ class LayerBatch(NamedTuple):
     output: Tensor
 
 
-def attend_in_place(
-    part: InPlace, kernel: Kernel, pages: Pages, batch: LayerBatch, schedule: Tensor
-) -> None:
-    """Append rows' tokens to their slots and run vLLM's kernel over them."""
+def place(part: Placement, kernel: Kernel, pages: Pages, batch: LayerBatch) -> None:
+    """Append rows' tokens to their slots."""
     tokens = slice(0, len(part.slots)) if part.tokens is None else part.tokens
     kernel.append(batch.key[tokens], batch.value[tokens], part.slots)
     pages.begin(part.block, part.offset, part.positions)
+
+
+def attend_in_place(part: InPlace, kernel: Kernel, batch: LayerBatch, schedule: Tensor) -> None:
+    """Run vLLM's kernel over rows whose tokens were placed."""
+    num_tokens = int(part.query_start_loc[-1])
+    tokens = slice(0, num_tokens) if part.tokens is None else part.tokens
     attended = (
         batch.output[tokens]
         if part.tokens is None
-        else batch.output.new_empty(len(part.slots), *batch.output.shape[1:])
+        else batch.output.new_empty(num_tokens, *batch.output.shape[1:])
     )
     kernel.attend(
         batch.query[tokens],
@@ -81,20 +87,40 @@ def decide(decision: Decision, layer: AttentionLayer, pages: Pages, query: Tenso
             _accumulate(decision, layer, pages, weights)
     if decision.due:
         _evict(decision, layer, pages, weights)
-    _post_time(decision.rows, perf_counter() - begin)
+    post_time(decision.rows, perf_counter() - begin)
 
 
 def _weights(decision: Decision, layer: AttentionLayer, pages: Pages, query: Tensor) -> Tensor:
     """Pooled attention rows of the newest tokens: [R, H_kv, S] float32."""
-    keys = pages.read_keys_transposed(decision.blocks).float()  # [R, n, H_kv, D, P]
-    rows, num_blocks, kv_heads, _, size = keys.shape
-    q = query[decision.last_tokens].float() * layer.scale
-    q = q.unflatten(1, (kv_heads, -1))[:, None]  # [R, 1, H_kv, G, D]
-    logits = (q @ keys).permute(0, 2, 3, 1, 4).reshape(rows, kv_heads, -1, num_blocks * size)
-    slots = torch.arange(num_blocks * size)
+    logits = newest_logits(query[decision.last_tokens], decision.blocks, pages, layer.scale)
+    slots = torch.arange(logits.shape[-1])
     hidden = (slots >= decision.visible[:, None])[:, None, None]
-    weights = logits.masked_fill(hidden, -torch.inf).softmax(dim=-1)
+    weights = logits.masked_fill_(hidden, -torch.inf).softmax(dim=-1)
     return layer.pool(weights[:, :, :, None])[:, :, 0]
+
+
+def newest_logits(
+    query: Tensor, blocks: Tensor, pages: Pages, scale: float, aside: Tensor | None = None
+) -> Tensor:
+    """Logits of one query per row over whole blocks.
+
+    Args:
+        query: [R, H, D].
+        blocks: [R, n].
+        pages: The layer's pages.
+        scale: Factor on query-key products.
+        aside: [R, H_kv, n', D, P] in the cache's dtype, receives the keys of the first blocks.
+
+    Returns:
+        [R, H_kv, G, n P] float32.
+    """
+    q = (query.float() * scale).unflatten(1, (pages.runs.shape[1], -1))[:, :, None]
+    parts: list[Tensor] = []
+    for row, keys in enumerate(pages.keys_by_row(blocks)):
+        parts.append(q[row] @ keys.float())  # [H_kv, n, G, P]
+        if aside is not None:
+            aside[row] = keys[:, : aside.shape[2]]
+    return torch.stack(parts).transpose(2, 3).flatten(3)
 
 
 def _accumulate(decision: Decision, layer: AttentionLayer, pages: Pages, weights: Tensor) -> None:
@@ -146,17 +172,24 @@ def fill_holes(pages: Pages, blocks: Tensor, victims: Tensor, retained: int) -> 
     )
 
 
-def walk(part: Walk, layer: AttentionLayer, pages: Pages, batch: LayerBatch) -> None:
-    """Process rows over a dense copy of their slots, and write the copy back.
+def walk(
+    part: Walk,
+    layer: AttentionLayer,
+    pages: Pages,
+    batch: LayerBatch,
+    memory: PagedMemory | None,
+) -> None:
+    """Process rows over a dense copy of their slots and memory, and write the copy back.
 
     Args:
         part: Rows in lockstep.
         layer: The attention layer under their policy.
         pages: The layer's pages; changed in place.
         batch: The whole batch; the output is written at the rows' tokens.
+        memory: Where their memory lies; None if they have none.
     """
     spent = layer.stopwatch.seconds
-    slots = _load(part, pages)
+    slots = _load(part, pages, memory)
     attended = extend(
         layer,
         slots,
@@ -165,37 +198,56 @@ def walk(part: Walk, layer: AttentionLayer, pages: Pages, batch: LayerBatch) -> 
         batch.value[part.tokens].transpose(1, 2),
     )  # [R, H, Q, D]
     batch.output[part.tokens] = attended.transpose(1, 2).to(batch.output.dtype)
-    _store(part, slots, pages)
+    _store(part, slots, pages, memory)
     kv_heads = pages.positions.shape[1]
     for row, evicted in zip(part.rows, slots.evicted, strict=True):
         row.account.evicted_cells += evicted * kv_heads
-    _post_time(part.rows, layer.stopwatch.seconds - spent)
+        if memory is not None:
+            row.account.memories[layer.index] = memory
+    post_time(part.rows, layer.stopwatch.seconds - spent)
 
 
-def _load(part: Walk, pages: Pages) -> Slots:
-    """Dense copy of the rows' blocks."""
-    capacity = part.blocks.shape[1] * pages.block_size
-    keys = pages.read_keys_transposed(part.blocks).permute(0, 2, 1, 4, 3).flatten(2, 3)
-    values = pages.read_values(part.blocks).transpose(1, 2).flatten(2, 3)
-    return Slots(
-        keys=keys,
-        values=values,
-        positions=rows_of(pages.positions, part.blocks, capacity).long(),
-        accumulated=rows_of(pages.accumulated, part.blocks, capacity),
+def _load(part: Walk, pages: Pages, memory: PagedMemory | None) -> Slots:
+    """Dense copy of the rows' blocks: token slots, and what the memory holds."""
+    cells, blocks = part.rows[0].allotment.cells, part.token_blocks
+    keys, values = pages.read_keys(blocks), pages.read_values(blocks)
+    capacity = keys.shape[2]
+    slots = Slots(
+        keys=keys[:, :, cells:],
+        values=values[:, :, cells:],
+        positions=rows_of(pages.positions, blocks, capacity)[..., cells:].long(),
+        accumulated=rows_of(pages.accumulated, blocks, capacity)[..., cells:],
         tokens=[row.seen for row in part.rows],
     )
+    if memory is None:
+        return slots
+    if part.rows[0].seen == 0:  # pages keep what their last owner left in them
+        slots.memory = memory.empty(len(part.rows))
+    elif cells:
+        slots.memory = memory.slots(blocks, keys, values)
+    else:
+        slots.memory = memory.load(part.blocks)
+    return slots
 
 
-def _store(part: Walk, slots: Slots, pages: Pages) -> None:
-    """Write the rows' slots back into their blocks."""
-    shape = (part.blocks.shape[1], pages.block_size)
-    pages.write_blocks(
-        part.blocks,
-        slots.keys.unflatten(2, shape).transpose(1, 2),
-        slots.values.unflatten(2, shape).transpose(1, 2),
-    )
-    put_rows(pages.positions, part.blocks, slots.positions.int())
-    put_rows(pages.accumulated, part.blocks, slots.accumulated)
+def _store(part: Walk, slots: Slots, pages: Pages, memory: PagedMemory | None) -> None:
+    """Write the rows' slots and memory back into their blocks."""
+    keys, values, blocks = slots.keys, slots.values, part.token_blocks
+    positions, accumulated = slots.positions, slots.accumulated
+    if memory is not None and slots.memory is not None:
+        if part.rows[0].allotment.cells:
+            remembered = slots_of(slots.memory)
+            keys, values = (
+                torch.cat(parts, dim=2)
+                for parts in ((remembered.keys, keys), (remembered.values, values))
+            )
+            positions = torch.cat([remembered.positions, positions], dim=-1)
+            accumulated = torch.cat([remembered.mass, accumulated], dim=-1)
+        else:
+            memory.store_numbers(part.blocks, slots.memory)
+    pages.write_blocks(blocks, keys, values)
+    put_rows(pages.positions, blocks, positions.int())
+    put_rows(pages.accumulated, blocks, accumulated)
 
 
 def log_sum_exp(
@@ -227,8 +279,8 @@ def log_sum_exp(
     num_queries = len(query)
     num_slots = seen + num_queries
     held = blocks[None, : -(-num_slots // pages.block_size)]
-    keys = pages.read_keys_transposed(held)[0, :, kv_heads].float()  # [n, H_kv, D, P]
-    keys = keys.permute(1, 2, 0, 3).flatten(2)[..., :num_slots]  # [H_kv, D, S]
+    keys = pages.read_keys_transposed(held)[0, kv_heads].float()  # [H_kv, n, D, P]
+    keys = keys.transpose(1, 2).flatten(2)[..., :num_slots]  # [H_kv, D, S]
     rows = (query.float() * scale).unflatten(1, (len(keys), -1))  # [Q, H_kv, G, D]
     # A prompt's logits would not fit into memory at once.
     step = max(1, _MAX_LOGITS // (query.shape[1] * num_slots))
@@ -242,7 +294,7 @@ def log_sum_exp(
     return torch.cat(parts, dim=2).permute(2, 0, 1).flatten(1)
 
 
-def _post_time(rows: list[Row], seconds: float) -> None:
+def post_time(rows: list[Row], seconds: float) -> None:
     """Share the time of a policy's work evenly among its rows."""
     for row in rows:
         row.account.policy_seconds += seconds / len(rows)

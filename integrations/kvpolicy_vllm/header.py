@@ -12,7 +12,7 @@ from vllm.model_executor.layers.rotary_embedding.llama3_rope import Llama3Rotary
 import kvpolicy
 from kvpolicy import CachePolicy, UnsupportedError
 from kvpolicy.trace import Header, Rope
-from kvpolicy_vllm.backend import REINDEXABLE
+from kvpolicy_vllm.backend import PLAIN_ROTARY
 from kvpolicy_vllm.capture import Capture
 from kvpolicy_vllm.plugin import vllm_version
 
@@ -69,7 +69,7 @@ def _tokenizer_hash(folder: Path) -> str:
 def _rope(model_type: str, model: torch.nn.Module) -> Rope | None:
     """The rotary embedding of every layer, where it is certain that every layer has this one."""
     rotaries = [x for x in model.modules() if isinstance(x, RotaryEmbedding)]
-    if model_type not in REINDEXABLE or not rotaries:
+    if model_type not in PLAIN_ROTARY or not rotaries:
         return None
     kinds = {_ROPE_KINDS.get(type(x)) for x in rotaries}
     settings = {(x.base, x.rotary_dim, x.is_neox_style) for x in rotaries}

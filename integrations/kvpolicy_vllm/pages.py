@@ -7,7 +7,9 @@ page ends in a tail of policy state, one int32 position and one float32 statisti
 Axes: N blocks, P slots of a block, R rows, M moved or written cells, S slots of a row.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from math import gcd, prod
 from typing import NamedTuple
 
 import torch
@@ -22,6 +24,24 @@ class Cells(NamedTuple):
     offset: Tensor
 
 
+class Scratch:
+    """Memory for copies that are read at once, kept from one to the next.
+
+    A fresh copy of a batch's keys is so large that the allocator asks the system for it, which
+    hands it over page by page, at several times the cost of the copy.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor with unknown content, which the next one of that name overwrites."""
+        size, buffer = prod(shape), self._buffers.get(name)
+        if buffer is None or buffer.numel() < size or buffer.dtype != dtype:
+            buffer = self._buffers[name] = torch.empty(size, dtype=dtype)
+        return buffer[:size].view(shape)
+
+
 @dataclass(frozen=True)
 class Pages:
     """Views of one layer's cache; nothing is copied.
@@ -34,6 +54,8 @@ class Pages:
         block_size: P.
         packing: ``vec`` (K [D, P], V [P, D]) or ``amx`` (K [P/16, D/2, 16, 2],
             V [D/16, P/2, 16, 2]).
+        runs: [N, H_kv, 2 P D], keys and values of a block and head as they lie in memory.
+        scratch: For copies that are read at once; layers run one after the other and share it.
     """
 
     keys: Tensor
@@ -42,9 +64,11 @@ class Pages:
     accumulated: Tensor
     block_size: int
     packing: str
+    runs: Tensor
+    scratch: Scratch = field(default_factory=Scratch, repr=False, compare=False)
 
     @classmethod
-    def of(cls, cache: Tensor, isa: str) -> "Pages":
+    def of(cls, cache: Tensor, isa: str, scratch: Scratch | None = None) -> "Pages":
         """View a layer's cache [N, H_kv, P, 2 D] under the kernel's instruction set."""
         num_blocks, kv_heads, block_size, width = cache.shape
         head_dim = width // 2
@@ -58,24 +82,62 @@ class Pages:
             accumulated=_tail(cache, torch.float32, 1),
             block_size=block_size,
             packing=packing,
+            runs=halves.flatten(2),
+            scratch=scratch or Scratch(),
         )
 
+    @property
+    def head_dim(self) -> int:
+        """D."""
+        return self.runs.shape[-1] // (2 * self.block_size)
+
     def read_keys_transposed(self, blocks: Tensor) -> Tensor:
-        """Keys of whole blocks [R, n]: [R, n, H_kv, D, P]."""
-        keys = self.keys[blocks]
+        """Keys of whole blocks [R, n]: [R, H_kv, n, D, P]."""
+        return self._unpack_keys(self._gather(blocks, 0, self.block_size * self.head_dim))
+
+    def keys_by_row(self, blocks: Tensor) -> Iterator[Tensor]:
+        """Keys of whole blocks [R, n], one row after the other: [H_kv, n, D, P].
+
+        Each is to be read before the next is asked for, which overwrites it: a row's keys stay
+        in the processor's cache meanwhile, all rows' would not.
+        """
+        size = self.block_size * self.head_dim
+        windows, index = self._windows(blocks, 0, size)
+        for row in index:
+            copied = self.scratch.take("keys", (row.numel(), size), self.runs.dtype)
+            torch.index_select(windows, 0, row.flatten(), out=copied)
+            yield self._unpack_keys(copied.view(1, *row.shape, size))[0]
+
+    def _unpack_keys(self, runs: Tensor) -> Tensor:
+        """Runs of keys [R, H_kv, n, P D] as [R, H_kv, n, D, P]."""
         if self.packing == "vec":
-            return keys
+            return runs.unflatten(-1, (self.head_dim, self.block_size))
+        keys = runs.unflatten(-1, self.keys.shape[2:])  # [R, H_kv, n, P/16, D/2, 16, 2]
         return keys.permute(0, 1, 2, 4, 6, 3, 5).flatten(-2).flatten(-3, -2)
 
-    def read_values(self, blocks: Tensor) -> Tensor:
-        """Values of whole blocks [R, n]: [R, n, H_kv, P, D]."""
-        values = self.values[blocks]
+    def read_keys(self, blocks: Tensor) -> Tensor:
+        """Keys of whole blocks [R, n] as slots: [R, H_kv, n P, D]."""
+        return self.read_keys_transposed(blocks).transpose(-1, -2).flatten(2, 3)
+
+    def read_values(self, blocks: Tensor, *, reuse: bool = False) -> Tensor:
+        """Values of whole blocks [R, n] as slots: [R, H_kv, n P, D].
+
+        Args:
+            blocks: The blocks.
+            reuse: The copy may be overwritten by the next that is read so.
+        """
+        size, dim = self.block_size, self.head_dim
+        runs = self._gather(blocks, size * dim, size * dim, "values" if reuse else None)
         if self.packing == "vec":
-            return values
-        return values.permute(0, 1, 2, 4, 6, 3, 5).flatten(-2).flatten(-3, -2)
+            return runs.view(*runs.shape[:2], -1, dim)
+        values = runs.unflatten(-1, self.values.shape[2:])  # [R, H_kv, n, D/16, P/2, 16, 2]
+        return values.permute(0, 1, 2, 4, 6, 3, 5).flatten(-2).flatten(2, 4)
 
     def write_blocks(self, blocks: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Write whole blocks [R, n] from keys and values [R, n, H_kv, P, D]."""
+        """Write whole blocks [R, n] from keys and values as slots, [R, H_kv, n P, D]."""
+        shape = (blocks.shape[1], self.block_size)
+        keys = keys.unflatten(2, shape).transpose(1, 2)  # [R, n, H_kv, P, D]
+        values = values.unflatten(2, shape).transpose(1, 2)
         if self.packing == "vec":
             self.keys[blocks] = keys.transpose(-1, -2)
             self.values[blocks] = values
@@ -85,6 +147,46 @@ class Pages:
         self.keys[blocks] = split.transpose(-2, -3)
         paired = values.unflatten(-1, (dim // 16, 16)).unflatten(-3, (size // 2, 2))
         self.values[blocks] = paired.permute(0, 1, 2, 5, 3, 6, 4)
+
+    def read_numbers(self, blocks: Tensor) -> Tensor:
+        """Whole blocks [R, n] as plain numbers, [R, H_kv, n P D / 2 or n 2 P D] float32."""
+        return self._gather(blocks, 0, self.runs.shape[-1]).view(torch.float32).flatten(2)
+
+    def write_numbers(self, blocks: Tensor, numbers: Tensor) -> None:
+        """Write numbers [R, H_kv, X] float32 into blocks [R, n], which have room for them."""
+        run = self.runs.shape[-1] * self.runs.element_size() // 4
+        whole = numbers.new_zeros(*numbers.shape[:2], blocks.shape[1] * run)
+        whole[..., : numbers.shape[-1]] = numbers
+        runs = whole.view(self.runs.dtype).unflatten(-1, (blocks.shape[1], -1))
+        self.runs[blocks] = runs.transpose(1, 2)
+
+    def _gather(self, blocks: Tensor, first: int, size: int, scratch: str | None = None) -> Tensor:
+        """Copy numbers [first, first + size) of the runs of blocks [R, n]: [R, H_kv, n, size]."""
+        windows, index = self._windows(blocks, first, size)
+        if scratch is None:
+            copied = windows.index_select(0, index.flatten())
+        else:
+            copied = self.scratch.take(scratch, (index.numel(), size), self.runs.dtype)
+            torch.index_select(windows, 0, index.flatten(), out=copied)
+        return copied.view(*index.shape, size)
+
+    def _windows(self, blocks: Tensor, first: int, size: int) -> tuple[Tensor, Tensor]:
+        """A view with numbers [first, first + size) of every run, and the rows of some blocks.
+
+        Runs of a page lie one behind the other, and pages further apart. With a row wherever a
+        run may begin, one index_select copies runs whole, in the order asked for; indexing by
+        block and head takes three times as long.
+
+        Returns:
+            [X, size], whose rows overlap; and [R, H_kv, n] indices of rows, for blocks [R, n].
+        """
+        runs = self.runs
+        unit = gcd(runs.stride(0), runs.stride(1))
+        page, head = runs.stride(0) // unit, runs.stride(1) // unit
+        count = (runs.shape[0] - 1) * page + (runs.shape[1] - 1) * head + 1
+        windows = runs.as_strided((count, size), (unit, 1), runs.storage_offset() + first)
+        heads = torch.arange(runs.shape[1]) * head
+        return windows, blocks[:, None] * page + heads[:, None]
 
     def begin(self, block: Tensor, offset: Tensor, positions: Tensor) -> None:
         """Start the policy state of new tokens [M], in the same slot of every head."""

@@ -5,6 +5,10 @@ own kernel when no eviction falls inside its tokens: all decoding rows, and prom
 policies without feedback up to the next eviction. Other rows are walked by the core's
 look-ahead over a dense copy of their slots.
 
+Rows with a memory are walked wherever the memory changes, and over prompts. Between two
+evictions a decoding row only reads it: memory slots in one softmax with the tokens, without
+vLLM's kernel, and a memory of numbers after that kernel.
+
 Axes: R rows, n blocks per row, T tokens of the batch.
 """
 
@@ -13,8 +17,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvpolicy import CachePolicy, EvictionPolicy
+from kvpolicy import CachePolicy, EvictionPolicy, Occupancy
+from kvpolicy.memory.policy import MemoryPolicy, SlotMemoryPolicy
+from kvpolicy.policies.infini import Infini
+from kvpolicy_vllm.allotment import Allotment, memory_policy
 from kvpolicy_vllm.book import Account
+
+_MAX_READ = 1 << 14
+"""Slots of rows whose keys and values are copied together, to be read."""
 
 NULL_BLOCK = 0
 """vLLM's placeholder block: rows of warm-up begin with it, and nobody reads it."""
@@ -41,6 +51,16 @@ class Row:
     account: Account
 
     @property
+    def allotment(self) -> Allotment:
+        """What its blocks hold."""
+        return self.account.allotment
+
+    @property
+    def law(self) -> Occupancy:
+        """The occupancy law of its blocks."""
+        return self.allotment.law
+
+    @property
     def last_token(self) -> int:
         """Index of its last token in the batch."""
         return self.first_token + self.num_tokens - 1
@@ -52,18 +72,23 @@ class Row:
 
     @property
     def visible(self) -> int:
-        """Slots that the last token attends to."""
-        return self.policy.occupancy.held(self.total - 1) + 1
+        """Token slots that the last token attends to."""
+        return self.law.held(self.total - 1) + 1
 
     @property
     def is_due(self) -> bool:
         """Whether an eviction follows the last token."""
-        return self.policy.occupancy.is_due(self.total)
+        return self.law.is_due(self.total)
 
     @property
-    def fits_in_place(self) -> bool:
-        """Whether vLLM's kernel can attend over the row's slots as they are."""
-        policy, due = self.policy, self.policy.occupancy.next_due(self.seen)
+    def memory(self) -> MemoryPolicy | None:
+        """Its policy if that keeps a memory."""
+        return memory_policy(self.policy)
+
+    @property
+    def stays_in_place(self) -> bool:
+        """Whether the row's slots stay as they are, but for those of its new tokens."""
+        policy, due = self.policy, self.law.next_due(self.seen)
         if due is not None and due < self.total:
             return False
         if not isinstance(policy, EvictionPolicy):
@@ -72,31 +97,60 @@ class Row:
             return False
         if policy.rope == "reindex" and policy.occupancy.evicted(self.total - 1) > 0:
             return False
+        if self.memory is not None:
+            return self._only_reads(self.memory)
         return self.num_tokens == 1 or not policy.needs
+
+    def _only_reads(self, memory: MemoryPolicy) -> bool:
+        """Whether the row reads a memory that was written before and does not change."""
+        if self.num_tokens > 1 or self.seen == 0 or self.is_due:
+            return False
+        if memory.next_boundary(self.seen) == self.total:
+            return False
+        if isinstance(memory, SlotMemoryPolicy):
+            return True
+        # Other ways of reading are walked: here they are taken apart, around vLLM's kernel.
+        return type(memory).attend is Infini.attend and not memory.needs
+
+    @property
+    def has_slot_memory(self) -> bool:
+        """Whether memory slots are attended in one softmax with its tokens."""
+        return self.allotment.cells > 0
 
 
 @dataclass(frozen=True)
-class InPlace:
-    """Rows whose new tokens are appended to their slots and attended by vLLM's kernel.
+class Placement:
+    """New tokens that are appended to the slots of their rows.
 
     Attributes:
-        rows: The rows, in batch order.
-        tokens: [T'] indices of their tokens; None when they are the whole batch.
+        tokens: [T'] indices of the tokens in the batch; None when they are the whole batch.
         slots: [T'] physical slot that receives each token.
         block: [T'] the slot's block.
         offset: [T'] the slot's offset within the block.
         positions: [T'] position of each token.
-        query_start_loc: [R + 1] int32, as the kernel wants it.
-        seq_lens: [R] int32 slots that the last token of each row attends to.
-        block_table: [R, n] int32.
     """
 
-    rows: list[Row]
     tokens: Tensor | None
     slots: Tensor
     block: Tensor
     offset: Tensor
     positions: Tensor
+
+
+@dataclass(frozen=True)
+class InPlace:
+    """Rows whose new tokens are attended by vLLM's kernel.
+
+    Attributes:
+        rows: The rows, in batch order.
+        tokens: [T'] indices of their tokens; None when they are the whole batch.
+        query_start_loc: [R + 1] int32, as the kernel wants it.
+        seq_lens: [R] int32 slots that the last token of each row attends to.
+        block_table: [R, n] int32, from the first block with tokens on.
+    """
+
+    rows: list[Row]
+    tokens: Tensor | None
     query_start_loc: Tensor
     seq_lens: Tensor
     block_table: Tensor
@@ -126,6 +180,29 @@ class Decision:
 
 
 @dataclass(frozen=True)
+class Recollection:
+    """Rows of one policy whose newest token reads their memory.
+
+    Attributes:
+        policy: Their policy.
+        rows: The rows, one new token each.
+        tokens: [R] index of each row's token in the batch.
+        blocks: [R, n] blocks of the memory and of visible slots.
+        allotment: What their blocks hold.
+        visible: [R] token slots that the token attends to.
+        seen: [R] tokens seen before it, which is its position.
+    """
+
+    policy: MemoryPolicy
+    rows: list[Row]
+    tokens: Tensor
+    blocks: Tensor
+    allotment: Allotment
+    visible: Tensor
+    seen: Tensor
+
+
+@dataclass(frozen=True)
 class Walk:
     """Rows of one policy that advance in lockstep over a dense copy of their slots.
 
@@ -141,14 +218,21 @@ class Walk:
     tokens: Tensor
     blocks: Tensor
 
+    @property
+    def token_blocks(self) -> Tensor:
+        """Those with cells of the cache, memory slots among them: no blocks of numbers."""
+        return self.blocks[:, self.rows[0].allotment.state_blocks :]
+
 
 @dataclass(frozen=True)
 class Plan:
     """Everything about one forward that is the same in all layers."""
 
     num_tokens: int
+    placement: Placement | None
     in_place: InPlace | None
     decisions: list[Decision]
+    recollections: list[Recollection]
     walks: list[Walk]
 
 
@@ -161,39 +245,66 @@ def make_plan(rows: list[Row], block_table: Tensor, block_size: int, num_tokens:
         block_size: Slots of a block.
         num_tokens: Tokens of the batch.
     """
-    staying = [row for row in rows if row.fits_in_place]
-    walking = [row for row in rows if not row.fits_in_place]
+    staying = [row for row in rows if row.stays_in_place]
+    walking = [row for row in rows if not row.stays_in_place]
+    attending = [row for row in staying if not row.has_slot_memory]
     return Plan(
         num_tokens=num_tokens,
-        in_place=_in_place(staying, block_table, block_size, num_tokens) if staying else None,
-        decisions=_decisions(staying, block_table, block_size),
+        placement=_placement(staying, block_table, block_size, num_tokens) if staying else None,
+        in_place=_in_place(attending, block_table, num_tokens) if attending else None,
+        decisions=_decisions(attending, block_table, block_size),
+        recollections=_recollections(staying, block_table, block_size),
         walks=_walks(walking, block_table, block_size),
     )
 
 
-def _in_place(rows: list[Row], block_table: Tensor, block_size: int, num_tokens: int) -> InPlace:
-    counts = torch.tensor([row.num_tokens for row in rows])
-    starts = torch.tensor([row.first_token for row in rows])
+def _placement(rows: list[Row], block_table: Tensor, block_size: int, num_tokens: int) -> Placement:
+    """Where the rows' tokens go: behind their memory and the slots they hold."""
+    owner, within, tokens = _tokens(rows)
+    first = torch.tensor([row.law.state_slots + row.law.held(row.seen) for row in rows])
     seen = torch.tensor([row.seen for row in rows])
-    held = torch.tensor([row.policy.occupancy.held(row.seen) for row in rows])
     table = block_table[torch.tensor([row.index for row in rows])]
-    ends = counts.cumsum(0)
-    owner = torch.repeat_interleave(torch.arange(len(rows)), counts)  # [T'] row of each token
-    within = torch.arange(int(ends[-1])) - (ends - counts)[owner]
-    slot = held[owner] + within
-    tokens = starts[owner] + within
+    slot = first[owner] + within
     block, offset = table[owner, slot // block_size].long(), slot % block_size
-    return InPlace(
-        rows=rows,
+    return Placement(
         tokens=None if len(tokens) == num_tokens else tokens,
         slots=block * block_size + offset,
         block=block,
         offset=offset,
         positions=(seen[owner] + within).int(),
-        query_start_loc=torch.cat([torch.zeros(1, dtype=torch.int32), ends.int()]),
-        seq_lens=(held + counts).int(),
-        block_table=table,
     )
+
+
+def _in_place(rows: list[Row], block_table: Tensor, num_tokens: int) -> InPlace:
+    _, _, tokens = _tokens(rows)
+    ends = torch.tensor([row.num_tokens for row in rows], dtype=torch.int32).cumsum(0)
+    index = torch.tensor([row.index for row in rows])
+    behind = torch.tensor([row.allotment.state_blocks for row in rows])
+    return InPlace(
+        rows=rows,
+        tokens=None if len(tokens) == num_tokens else tokens,
+        query_start_loc=torch.cat([torch.zeros(1, dtype=torch.int32), ends.int()]),
+        seq_lens=torch.tensor([row.visible for row in rows], dtype=torch.int32),
+        block_table=_shifted(block_table[index], behind),
+    )
+
+
+def _tokens(rows: list[Row]) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every token of the rows: its row, its place in the row, its index in the batch; [T']."""
+    counts = torch.tensor([row.num_tokens for row in rows])
+    starts = torch.tensor([row.first_token for row in rows])
+    ends = counts.cumsum(0)
+    owner = torch.repeat_interleave(torch.arange(len(rows)), counts)
+    within = torch.arange(int(ends[-1])) - (ends - counts)[owner]
+    return owner, within, starts[owner] + within
+
+
+def _shifted(table: Tensor, count: Tensor) -> Tensor:
+    """Block table [R, n] without the first `count` [R] blocks of each row."""
+    if not bool(count.any()):
+        return table
+    columns = torch.arange(table.shape[1]) + count[:, None]
+    return table.gather(1, columns.clamp(max=table.shape[1] - 1))
 
 
 def _decisions(rows: list[Row], block_table: Tensor, block_size: int) -> list[Decision]:
@@ -203,27 +314,59 @@ def _decisions(rows: list[Row], block_table: Tensor, block_size: int) -> list[De
         policy = row.policy
         if isinstance(policy, EvictionPolicy) and ("accumulated" in policy.needs or row.is_due):
             groups.setdefault(policy, []).append(row)
-    decisions: list[Decision] = []
-    for policy, members in groups.items():
-        visible = [row.visible for row in members]
-        num_blocks = -(-max(visible) // block_size)
-        index = torch.tensor([row.index for row in members])
-        blocks = block_table[index, :num_blocks].long()
-        own = torch.tensor([-(-count // block_size) for count in visible])
-        # Entries past a row's own blocks may be another request's: write to the null block.
-        blocks[torch.arange(num_blocks) >= own[:, None]] = NULL_BLOCK
-        decisions.append(
-            Decision(
-                policy=policy,
-                rows=members,
-                last_tokens=torch.tensor([row.last_token for row in members]),
-                blocks=blocks,
-                visible=torch.tensor(visible),
-                totals=torch.tensor([row.total for row in members]),
-                due=[i for i, row in enumerate(members) if row.is_due],
-            )
+    return [
+        Decision(
+            policy=policy,
+            rows=members,
+            last_tokens=torch.tensor([row.last_token for row in members]),
+            blocks=_own_blocks(members, block_table, block_size),
+            visible=torch.tensor([row.visible for row in members]),
+            totals=torch.tensor([row.total for row in members]),
+            due=[i for i, row in enumerate(members) if row.is_due],
         )
-    return decisions
+        for policy, members in groups.items()
+    ]
+
+
+def _recollections(rows: list[Row], block_table: Tensor, block_size: int) -> list[Recollection]:
+    """Group rows by policy where a memory is read."""
+    groups: dict[MemoryPolicy, list[Row]] = {}
+    for row in rows:
+        policy = row.memory
+        # Numbers of a row that nothing was evicted of are no answer yet.
+        if policy is not None and (row.has_slot_memory or row.law.evicted(row.seen) > 0):
+            groups.setdefault(policy, []).append(row)
+    parts: list[Recollection] = []
+    for policy, members in groups.items():
+        most = max(row.law.state_slots + row.visible for row in members)
+        step = max(1, _MAX_READ // most)
+        chunks = (members[first : first + step] for first in range(0, len(members), step))
+        parts += [_recollection(policy, rows, block_table, block_size) for rows in chunks]
+    return parts
+
+
+def _recollection(
+    policy: MemoryPolicy, rows: list[Row], block_table: Tensor, block_size: int
+) -> Recollection:
+    return Recollection(
+        policy=policy,
+        rows=rows,
+        tokens=torch.tensor([row.last_token for row in rows]),
+        blocks=_own_blocks(rows, block_table, block_size),
+        allotment=rows[0].allotment,
+        visible=torch.tensor([row.visible for row in rows]),
+        seen=torch.tensor([row.seen for row in rows]),
+    )
+
+
+def _own_blocks(rows: list[Row], block_table: Tensor, block_size: int) -> Tensor:
+    """Blocks [R, n] of the rows' memories and visible slots, then the null block."""
+    counts = [-(-(row.law.state_slots + row.visible) // block_size) for row in rows]
+    index = torch.tensor([row.index for row in rows])
+    blocks = block_table[index, : max(counts)].long()
+    # Entries past a row's own blocks may be another request's: write to the null block.
+    blocks[torch.arange(max(counts)) >= torch.tensor(counts)[:, None]] = NULL_BLOCK
+    return blocks
 
 
 def _walks(rows: list[Row], block_table: Tensor, block_size: int) -> list[Walk]:
@@ -233,7 +376,7 @@ def _walks(rows: list[Row], block_table: Tensor, block_size: int) -> list[Walk]:
         groups.setdefault((row.policy, row.seen, row.num_tokens), []).append(row)
     walks: list[Walk] = []
     for (policy, seen, count), members in groups.items():
-        num_blocks = policy.occupancy.num_blocks(seen + count, block_size)
+        num_blocks = members[0].law.num_blocks(seen + count, block_size)
         index = torch.tensor([row.index for row in members])
         first = torch.tensor([row.first_token for row in members])
         walks.append(

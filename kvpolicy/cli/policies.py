@@ -135,7 +135,8 @@ def _print_one(output: Output, name: str, cls: type[CachePolicy]) -> None:
 def _shown_default(cls: type[CachePolicy], key: str, parameter: Any) -> str:
     """A parameter's default as a spec would write it."""
     if key == "interval" and issubclass(cls, EvictionPolicy):
-        return "max(1, budget // 16)"
+        is_common = cls.default_interval is EvictionPolicy.default_interval
+        return "max(1, budget // 16)" if is_common else "by other keys"
     return str(_plain(parameter.default))
 
 

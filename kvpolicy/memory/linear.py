@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import elu
 
 from kvpolicy.memory.state import Memory, Shape
 
@@ -35,11 +34,11 @@ class LinearMemory(Memory):
     @classmethod
     def empty(cls, shape: Shape) -> "LinearMemory":
         """Nothing stored."""
-        rows, heads, device = shape.rows, shape.kv_heads, shape.device
+        size, device, dtype = (shape.rows, shape.kv_heads), shape.device, torch.float32
         return cls(
-            matrix=torch.zeros(rows, heads, shape.head_dim, shape.value_dim, device=device),
-            normaliser=torch.zeros(rows, heads, shape.head_dim, device=device),
-            fits=torch.zeros(rows, heads, shape.group, 5, device=device),
+            matrix=torch.zeros(*size, shape.head_dim, shape.value_dim, device=device, dtype=dtype),
+            normaliser=torch.zeros(*size, shape.head_dim, device=device, dtype=dtype),
+            fits=torch.zeros(*size, shape.group, 5, device=device, dtype=dtype),
         )
 
 
@@ -57,15 +56,17 @@ class Recalled(NamedTuple):
 
 def features(x: Tensor) -> Tensor:
     """Sigma: ELU + 1, positive."""
-    return elu(x) + 1
+    return torch.where(x > 0, x + 1, x.clamp(max=0).exp())  # ELU's own -1 + 1 would lose digits
 
 
 def recall(memory: LinearMemory, queries: Tensor) -> Recalled:
     """Answer queries [B, H_kv, G, Q, D], before rotation and scaling."""
-    asked = features(queries)
-    mass = (asked @ memory.normaliser[:, :, None, :, None])[..., 0]
-    tiny = torch.finfo(mass.dtype).tiny
-    return Recalled(asked @ memory.matrix[:, :, None] / mass.clamp(min=tiny)[..., None], mass)
+    group, num_queries = queries.shape[2:4]
+    asked = features(queries).flatten(2, 3)  # one matrix serves a KV head's queries
+    mass = asked @ memory.normaliser[..., None]  # [B, H_kv, G Q, 1]
+    output = asked @ memory.matrix / mass.clamp(min=torch.finfo(mass.dtype).tiny)
+    grouped = (group, num_queries)
+    return Recalled(output.unflatten(2, grouped), mass[..., 0].unflatten(2, grouped))
 
 
 def store(memory: LinearMemory, keys: Tensor, values: Tensor, *, delta: bool) -> LinearMemory:
@@ -98,7 +99,7 @@ def observe_mass(fits: Tensor, mass: Tensor, log_mass: Tensor) -> Tensor:
         mass: [B, H_kv, G] sigma(q) z of the segment alone.
         log_mass: [B, H_kv, G] log-sum-exp of the same query over the segment.
     """
-    x, y = mass.log(), log_mass
+    x, y = mass.clamp(min=torch.finfo(mass.dtype).tiny).log(), log_mass
     count, mean_x, mean_y, square, product = fits.unbind(dim=-1)
     count = count + 1
     dx = x - mean_x

@@ -7,16 +7,19 @@ import importlib.util
 from functools import lru_cache
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from kvpolicy.errors import PolicyError
 
 _MAX_BYTES = 1 << 31
 
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
 
 @lru_cache(maxsize=16)
 def load_parameters(path: str) -> dict[str, Tensor]:
-    """Read a file's tensors, once per process.
+    """Read a file's tensors as float32, once per process.
 
     Raises:
         PolicyError: There is no such file, it is damaged, or safetensors is not installed.
@@ -27,13 +30,27 @@ def load_parameters(path: str) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
+        if not Path(path).is_file():  # opening a pipe would wait for its other end
+            raise PolicyError(f"{path}: cannot read parameters: there is no such regular file")
         size = Path(path).stat().st_size
         tensors = load_file(path) if size <= _MAX_BYTES else {}
     except (OSError, ValueError, SafetensorError) as error:  # a NUL in a path is a ValueError
         raise PolicyError(f"{path}: cannot read parameters: {error}") from error
     if size > _MAX_BYTES:
         raise PolicyError(f"{path}: {size} bytes are too many for a policy's parameters")
-    for name, tensor in tensors.items():
-        if not (tensor.is_floating_point() and bool(tensor.isfinite().all())):
-            raise PolicyError(f"{path}: tensor {name!r} must hold finite floats")
-    return tensors
+    return {name: _checked(path, name, tensor) for name, tensor in tensors.items()}
+
+
+def _checked(path: str, name: str, tensor: Tensor) -> Tensor:
+    """Give a tensor as float32, in which it must be finite."""
+    if tensor.dtype not in _DTYPES:
+        kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+        raise PolicyError(
+            f"{path}: tensor {name!r} must hold finite floats of {kinds}, got {tensor.dtype}"
+        )
+    numbers = tensor.float()
+    if not bool(numbers.isfinite().all()):
+        raise PolicyError(
+            f"{path}: tensor {name!r} must hold finite floats in the range of float32"
+        )
+    return numbers

@@ -211,4 +211,4 @@ def _kernel(
             f"{path}: expected kernels {name!r} [layers, H_kv, *{tuple(shape)}] with layer {layer} "
             f"and {heads.stop} KV heads, got {got}; fit them to this model and rate"
         )
-    return kernel[layer, heads].float()
+    return kernel[layer, heads]

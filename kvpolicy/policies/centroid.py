@@ -41,6 +41,11 @@ class Centroid(SlotMemoryPolicy):
         """Refuse sizes that do not fit together."""
         if self.sinks < 0:
             raise PolicyError(f"centroid: sinks must not be negative, got {self.sinks}")
+        if self.protect:
+            raise PolicyError(
+                "centroid: centroids stand where the token stood that left last, which protect "
+                "would blur; drop protect, or use sinks"
+            )
         memory_slots(self, self.slots, self.sinks)
         super().validate()
 

@@ -75,6 +75,11 @@ class Compressive(SlotMemoryPolicy):
             )
         if self.fn == "most-used" and self.min_similarity > -1.0:
             raise PolicyError("compressive: fn=most-used merges nothing; drop min_similarity")
+        if self.fn == "most-used" and self.bias == "none":
+            raise PolicyError(
+                "compressive: tokens of fn=most-used stand for themselves, without a bias; drop "
+                "bias=none"
+            )
         if self.fn == "attention" and self.bias == "none":
             raise PolicyError("compressive: fn=attention fits each slot's bias; drop bias=none")
         if self.weights is not None and self.fn != "conv":

@@ -80,7 +80,8 @@ class FAM(SlotMemoryPolicy):
             raise PolicyError(
                 f"fam: {self.segments} segments of {self.block} tokens, {self.sinks} sinks and "
                 f"{self.slots} slots make budget={due} and interval={self.block}, got "
-                f"budget={self.budget}, interval={self.interval}; leave budget and interval out"
+                f"budget={self.budget}, interval={self.interval}; give segments, and leave budget "
+                "and interval out"
             )
         if self.level == "model" and self.bias != "log":
             raise PolicyError("fam: rows of level=model weigh as one token each; drop bias")

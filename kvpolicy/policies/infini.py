@@ -54,6 +54,8 @@ class Infini(MemoryPolicy):
         """All slots of a segment are freed at its end."""
         if isinstance(self.segment, int):
             object.__setattr__(self, "interval", self.segment)
+        if type(self.gate) is int:
+            object.__setattr__(self, "gate", float(self.gate))
         super().__post_init__()
 
     def validate(self) -> None:
@@ -174,4 +176,4 @@ class Infini(MemoryPolicy):
                 f"infini: {self.gate} must hold gates 'beta' [layers, {heads}] with layer "
                 f"{layer}, got {got}; train them on this model"
             )
-        return beta[layer].float().sigmoid()
+        return beta[layer].sigmoid()

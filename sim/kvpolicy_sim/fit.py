@@ -190,12 +190,6 @@ def _with_file(policy: CachePolicy, path: Path) -> CachePolicy:
             raise PolicyError(
                 f"{policy} has nothing to fit; choose compressive:...,fn=conv or infini:..."
             )
-    try:
-        is_named = parse(str(found)) == found
-    except PolicyError:
-        is_named = False
-    if not is_named:
-        raise PolicyError(f"{str(path)!r} cannot stand in a spec; choose another name")
     return found
 
 

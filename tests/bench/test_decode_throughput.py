@@ -9,6 +9,7 @@ import statistics
 import time
 
 import pytest
+from transformers import PreTrainedModel
 from vllm import LLM, SamplingParams
 
 from fixtures.engines import start_engine
@@ -21,7 +22,24 @@ STEPS, ROUNDS = 2 * INTERVAL, 5
 STOCK_LENGTH = BUDGET + INTERVAL // 2 - STEPS // 2
 """Prompt of stock requests, whose mean length over the steps is then a policy's mean."""
 
-POLICIES = ("window", "sinks", "tova", "h2o")
+SEGMENT = 1536
+POLICIES = {
+    "window": f"window:budget={BUDGET},interval={INTERVAL}",
+    "sinks": f"sinks:budget={BUDGET},interval={INTERVAL}",
+    "tova": f"tova:budget={BUDGET},interval={INTERVAL}",
+    "h2o": f"h2o:budget={BUDGET},interval={INTERVAL}",
+    "centroid": f"centroid:budget={BUDGET},interval={INTERVAL}",
+    "compressive": f"compressive:budget={BUDGET},interval={INTERVAL - 1}",
+    "most-used": f"compressive:budget={BUDGET},interval={INTERVAL - 1},fn=most-used",
+    "fam": f"fam:block={INTERVAL},segments={BUDGET // INTERVAL - 1}",
+    "infini": f"infini:segment={SEGMENT},gate=0.3",
+    "calibrated": f"infini:segment={SEGMENT},gate=calibrated",
+}
+"""Specs by the name that is printed.
+
+Requests under infini are measured inside their second segment, over as many tokens as a stock
+request has.
+"""
 SHAPE = {
     "num_hidden_layers": 16,
     "hidden_size": 1024,
@@ -33,16 +51,41 @@ SHAPE = {
 }
 
 
-def start_requests(llm: LLM, prompts: list[list[int]]) -> None:
-    """Put requests into the batch and process their prompts."""
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    """A random Llama of 0.2 billion parameters."""
+    return random_llama(**SHAPE)
+
+
+@pytest.fixture(scope="module")
+def engines(model, tmp_path_factory) -> dict[str, LLM]:
+    """One engine per policy, beside a stock one."""
+    path = save_model(model, tmp_path_factory.mktemp("llama"))
+    settings = {"kv_cache_memory_bytes": 512 << 20, "max_num_batched_tokens": 1024}
+    settings["max_model_len"] = 4096
+    policies = {"stock": None} | POLICIES
+    return {name: start_engine(path, spec, **settings) for name, spec in policies.items()}
+
+
+def prompt_length(name: str) -> int:
+    """Tokens before decoding is measured."""
+    if name == "stock":
+        return STOCK_LENGTH
+    return SEGMENT + STOCK_LENGTH if "infini" in POLICIES[name] else BUDGET + INTERVAL
+
+
+def start_requests(llm: LLM, prompts: list[list[int]]) -> list[str]:
+    """Put requests into the batch, process their prompts, and give their names."""
     parameters = SamplingParams(
-        max_tokens=100_000, temperature=0.0, ignore_eos=True, detokenize=False
+        max_tokens=1_000, temperature=0.0, ignore_eos=True, detokenize=False
     )
-    for index, prompt in enumerate(prompts):
-        llm.llm_engine.add_request(str(index), {"prompt_token_ids": prompt}, parameters)
+    names = [f"{len(prompts)}-{index}" for index in range(len(prompts))]
+    for name, prompt in zip(names, prompts, strict=True):
+        llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, parameters)
     started: set[str] = set()
     while len(started) < len(prompts):
         started |= {output.request_id for output in llm.llm_engine.step()}
+    return names
 
 
 def seconds_per_step(llm: LLM, steps: int) -> float:
@@ -54,34 +97,27 @@ def seconds_per_step(llm: LLM, steps: int) -> float:
 
 
 @pytest.mark.parametrize("batch", [1, 8])
-def test_decode_ratio_to_stock(batch, tmp_path, capsys):
+def test_decode_ratio_to_stock(batch, model, engines, capsys):
     """Prints tokens per second of every policy and their ratio to stock, medians of rounds."""
-    model = random_llama(**SHAPE)
-    path = save_model(model, tmp_path)
-    prompts = [random_prompt(model, BUDGET + INTERVAL, seed) for seed in range(batch)]
-    engines = {"stock": start_engine(path, **settings())}
-    for name in POLICIES:
-        policy = f"{name}:budget={BUDGET},interval={INTERVAL}"
-        engines[name] = start_engine(path, policy, **settings())
-    start_requests(engines["stock"], [prompt[:STOCK_LENGTH] for prompt in prompts])
-    for name in POLICIES:
-        start_requests(engines[name], prompts)
+    running = {
+        name: start_requests(
+            llm, [random_prompt(model, prompt_length(name), seed) for seed in range(batch)]
+        )
+        for name, llm in engines.items()
+    }
     rounds = [
         {name: seconds_per_step(llm, STEPS // ROUNDS) for name, llm in engines.items()}
         for _ in range(ROUNDS)
     ]
+    for name, requests in running.items():
+        engines[name].llm_engine.abort_request(requests)
     with capsys.disabled():
         print(f"\ndecode, batch {batch}, {BUDGET}..{BUDGET + INTERVAL} slots, float32")
-        print("policy   tokens/s   ratio to stock (min..max of rounds)")
+        print("policy       tokens/s   ratio to stock (min..max of rounds)")
         for name in engines:
             speed = batch / statistics.median(times[name] for times in rounds)
             ratios = sorted(times["stock"] / times[name] for times in rounds)
             print(
-                f"{name:7} {speed:9.1f}   {statistics.median(ratios):.3f} "
+                f"{name:11} {speed:9.1f}   {statistics.median(ratios):.3f} "
                 f"({ratios[0]:.3f}..{ratios[-1]:.3f})"
             )
-
-
-def settings() -> dict:
-    """Engine arguments that hold eight requests."""
-    return {"kv_cache_memory_bytes": 512 << 20, "max_num_batched_tokens": 1024}

@@ -41,7 +41,7 @@ GRID = [
     "centroid:budget=12,slots=4,sinks=2,interval=5",
     "centroid:budget=12,slots=4,interval=3,bias=none",
     "centroid:budget=6,slots=3,interval=20",
-    "centroid:budget=12,slots=3,interval=4,sinks=1,protect=(3:5)",
+    "centroid:budget=12,slots=3,interval=4,sinks=1",
     "centroid:budget=12,slots=0",
     "fam:block=4,segments=1,slots=3",
     "fam:block=3,segments=0,slots=5,sinks=1",

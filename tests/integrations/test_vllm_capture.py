@@ -24,6 +24,7 @@ from fixtures.engines import BLOCK_SIZE, start_engine
 from fixtures.models import random_llama, random_prompt, save_model
 from kvpolicy.trace import Header, Rope, Trace
 from kvpolicy_vllm import Capture, frontend
+from kvpolicy_vllm.allotment import Allotment
 from kvpolicy_vllm.book import Account
 from kvpolicy_vllm.execution import LayerBatch, log_sum_exp
 from kvpolicy_vllm.pages import Pages
@@ -534,12 +535,18 @@ HEADER = Header(
 )
 
 
+def new_account(policy: kvpolicy.CachePolicy) -> Account:
+    """The account of a request that has seen nothing."""
+    return Account(policy, Allotment(policy.occupancy))
+
+
 def chosen(recorder: Recorder, wishes: Sequence[bool | None]) -> set[int]:
     """Which requests are recorded, met one after the other and all running."""
     for index, wish in enumerate(wishes):
         recorder.meet(f"{index}-00000000", wish)
     count = len(wishes)
-    rows = [Row(i, kvpolicy.parse("full"), i, 1, 0, Account(None)) for i in range(count)]
+    policy = kvpolicy.parse("full")
+    rows = [Row(i, policy, i, 1, 0, new_account(policy)) for i in range(count)]
     batch = SimpleNamespace(
         req_ids=[f"{index}-00000000" for index in range(count)],
         num_prompt_tokens=[1] * count,
@@ -582,7 +589,8 @@ def test_files_are_completed_when_an_engine_goes_away(tmp_path):
     """An engine that is dropped without a shutdown leaves readable traces."""
     recorder = Recorder(Capture(tmp_path), HEADER)
     recorder.meet("0-00000000", None)
-    row = Row(0, kvpolicy.parse("full"), 0, 3, 0, Account(None))
+    policy = kvpolicy.parse("full")
+    row = Row(0, policy, 0, 3, 0, new_account(policy))
     batch = SimpleNamespace(
         req_ids=["0-00000000"],
         num_prompt_tokens=[2],
@@ -619,7 +627,7 @@ def test_log_sum_exp_of_a_chunk_is_the_softmaxs_denominator(monkeypatch, packing
     blocks, seen, count = torch.tensor([4, 2, 5, 0]), 41, 30
     query = torch.randn(count, 3, 32).to(dtype)
     found = log_sum_exp(query, pages, blocks, [0], seen=seen, scale=0.3)
-    keys = pages.read_keys_transposed(blocks[None])[0, :, 0].transpose(-1, -2).flatten(0, 1)
+    keys = pages.read_keys(blocks[None])[0, 0]
     for i in range(count):
         logits = query[i].double() @ keys[: seen + i + 1].double().T * 0.3  # [H, S]
         assert torch.allclose(found[i].double(), logits.logsumexp(dim=-1), atol=1e-5)

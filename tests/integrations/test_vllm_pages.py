@@ -29,10 +29,10 @@ def test_blocks_read_back_as_written(packing, dtype):
     """Whole blocks survive the kernel's packing."""
     pages, _ = make_pages(packing, dtype)
     blocks = torch.tensor([[3, 1], [0, 5]])
-    keys = torch.randn(2, 2, KV_HEADS, SIZE, DIM).to(dtype)
-    values = torch.randn(2, 2, KV_HEADS, SIZE, DIM).to(dtype)
+    keys, values = (torch.randn(2, KV_HEADS, 2 * SIZE, DIM).to(dtype) for _ in range(2))
     pages.write_blocks(blocks, keys, values)
-    assert torch.equal(pages.read_keys_transposed(blocks).transpose(-1, -2), keys)
+    assert torch.equal(pages.read_keys(blocks), keys)
+    assert torch.equal(pages.read_keys_transposed(blocks).transpose(-1, -2).flatten(2, 3), keys)
     assert torch.equal(pages.read_values(blocks), values)
 
 
@@ -46,10 +46,8 @@ def test_the_packing_is_vllms_own(packing, dtype):
     slots = torch.cat([torch.arange(SIZE) + 4 * SIZE, torch.arange(SIZE) + 2 * SIZE])
     ops.cpu_attn_reshape_and_cache(keys, values, key_cache, value_cache, slots, packing)
     blocks = torch.tensor([[4, 2]])
-    found_keys = pages.read_keys_transposed(blocks)[0].permute(0, 3, 1, 2).flatten(0, 1)
-    found_values = pages.read_values(blocks)[0].transpose(1, 2).flatten(0, 1)
-    assert torch.equal(found_keys, keys)
-    assert torch.equal(found_values, values)
+    assert torch.equal(pages.read_keys(blocks)[0].transpose(0, 1), keys)
+    assert torch.equal(pages.read_values(blocks)[0].transpose(0, 1), values)
 
 
 @pytest.mark.parametrize(("packing", "dtype"), LAYOUTS)
@@ -57,7 +55,7 @@ def test_moving_cells_takes_their_state_along(packing, dtype):
     """A moved cell keeps its key, value, position and statistic; others are untouched."""
     pages, _ = make_pages(packing, dtype)
     blocks = torch.arange(NUM_BLOCKS)[None]
-    keys, values = (torch.randn(1, NUM_BLOCKS, KV_HEADS, SIZE, DIM).to(dtype) for _ in range(2))
+    keys, values = (torch.randn(1, KV_HEADS, NUM_BLOCKS * SIZE, DIM).to(dtype) for _ in range(2))
     pages.write_blocks(blocks, keys, values)
     pages.positions.copy_(torch.arange(pages.positions.numel()).view_as(pages.positions))
     pages.accumulated.normal_()
@@ -66,14 +64,19 @@ def test_moving_cells_takes_their_state_along(packing, dtype):
     target = Cells(torch.tensor([6, 0]), torch.tensor([0, 1]), torch.tensor([17, 0]))
     pages.move(source, target)
     for found, before in (
-        (pages.read_keys_transposed(blocks)[0].transpose(-1, -2), keys[0]),
-        (pages.read_values(blocks)[0], values[0]),
+        (by_block(pages.read_keys(blocks)), by_block(keys)),
+        (by_block(pages.read_values(blocks)), by_block(values)),
         (pages.positions, state[0]),
         (pages.accumulated, state[1]),
     ):
         expected = before.clone()
         expected[target] = before[source]
         assert torch.equal(found, expected)
+
+
+def by_block(slots: torch.Tensor) -> torch.Tensor:
+    """Slots [1, H_kv, N P, D] of all blocks as [N, H_kv, P, D]."""
+    return slots[0].unflatten(1, (NUM_BLOCKS, SIZE)).transpose(0, 1)
 
 
 def test_state_rows_read_back_as_written():
@@ -103,3 +106,17 @@ def test_filling_holes_keeps_the_survivors_and_only_them():
         for head in range(KV_HEADS):
             survivors = before[row, head][~victims[row, head]]
             assert sorted(after[row, head].tolist()) == sorted(survivors.tolist())
+
+
+@pytest.mark.parametrize(("packing", "dtype"), LAYOUTS)
+def test_numbers_fill_whole_blocks_and_nothing_else(packing, dtype):
+    """A memory's numbers survive in whatever dtype the cache has; other pages keep theirs."""
+    pages, cache = make_pages(packing, dtype)
+    cache.fill_(3.0)
+    pages.positions.fill_(7)
+    blocks = torch.tensor([[4, 2], [0, 6]])
+    numbers = torch.randn(2, KV_HEADS, SIZE * DIM + 11)
+    pages.write_numbers(blocks, numbers)
+    assert torch.equal(pages.read_numbers(blocks)[..., : numbers.shape[-1]], numbers)
+    assert (cache[[1, 3, 5]] == 3.0).all()
+    assert (pages.positions == 7).all()

@@ -107,7 +107,9 @@ def test_the_reported_loss_is_that_of_the_definition(tmp_path):
     shape = Shape(tokens=150, layers=(0,), kv_heads=1, group=1, head_dim=8)
     x = structured_layers(shape)[0]
     path = write_trace(tmp_path / "t.kvtrace", {0: x}, header=header_of(shape))
-    fitted = kvpolicy_sim.fit(path, "compressive:budget=24,fn=conv", tmp_path / "k", steps=1)
+    fitted = kvpolicy_sim.fit(
+        path, "compressive:budget=24,fn=conv", tmp_path / "k.safetensors", steps=1
+    )
     # Slots hold 36 tokens, but a part of 30 has room for 12 and their queries.
     q, k = (rotate(y[0].double().numpy(), -np.arange(150), THETA) for y in (x.q, x.k))
     v = x.v[0].double().numpy()
@@ -184,7 +186,7 @@ def test_a_fitted_gate_is_better_than_a_closed_one_in_a_replay(gates, path):
 def test_a_fit_is_reproducible(spec, path, tmp_path):
     """Threads and torch's own change nothing: the same bytes, and the caller's settings stay."""
     before = torch.get_num_threads()
-    files = [tmp_path / name for name in ("a", "b")]
+    files = [tmp_path / name for name in ("a.safetensors", "b.safetensors")]
     for file, threads in zip(files, (1, 2), strict=True):
         kvpolicy_sim.fit(path, spec, file, steps=10, threads=threads)
     assert files[0].read_bytes() == files[1].read_bytes()
@@ -228,7 +230,7 @@ def test_heads_that_were_not_captured_stay_as_they_were(tmp_path):
 def test_what_cannot_be_fitted_is_refused(spec, reason, path, tmp_path):
     """Policies without parameters and traces that are too short are named, nothing is written."""
     with pytest.raises((PolicyError, UnsupportedError), match=reason):
-        kvpolicy_sim.fit(path, spec, tmp_path / "x")
+        kvpolicy_sim.fit(path, spec, tmp_path / "x.safetensors")
     assert not list(tmp_path.iterdir())
 
 
@@ -241,6 +243,6 @@ def test_traces_and_names_that_do_not_do_are_refused(tmp_path):
         path = tmp_path / f"{index}.kvtrace"
         write_trace(path, random_layers(shape), header=header_of(shape, **changes))
         with pytest.raises(UnsupportedError, match=reason):
-            kvpolicy_sim.fit(path, CONV, tmp_path / "x")
-    with pytest.raises(PolicyError, match="cannot stand in a spec"):
+            kvpolicy_sim.fit(path, CONV, tmp_path / "x.safetensors")
+    with pytest.raises(PolicyError, match="which no spec can say"):
         kvpolicy_sim.fit(path, CONV, tmp_path / "a,b")

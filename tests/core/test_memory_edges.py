@@ -1,0 +1,79 @@
+"""Memories at the edge of numbers, files and specs."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import kvpolicy
+from kvpolicy import PolicyError
+from kvpolicy.memory.linear import LinearMemory, calibrated_log_mass, features, observe_mass
+from kvpolicy.memory.parameters import load_parameters
+from kvpolicy.memory.state import Shape
+from kvpolicy.policies.compressive import Compressive
+
+
+def test_features_of_very_negative_numbers_stay_positive_and_exact() -> None:
+    """Proves ELU + 1 is exp(x) below zero; taken literally it is 0 from -17 on in float32."""
+    x = torch.tensor([-80.0, -20.0, -1.0, 0.0, 2.0])
+    expected = torch.tensor([-80.0, -20.0, -1.0, 0.0]).double().exp()
+    torch.testing.assert_close(features(x)[:4].double(), expected, rtol=1e-6, atol=0.0)
+    assert features(x)[4] == 3.0
+
+
+def test_segment_without_mass_does_not_spoil_the_calibration() -> None:
+    """Proves a query whose features vanish on a whole segment leaves finite statistics behind."""
+    shape = Shape(1, 1, 1, 4, 4, torch.float32, torch.device("cpu"))
+    fits = LinearMemory.empty(shape).fits
+    for mass in (0.0, 5.0, 7.0):
+        fits = observe_mass(fits, torch.full((1, 1, 1), mass), torch.zeros(1, 1, 1))
+    assert fits.isfinite().all()
+    assert calibrated_log_mass(fits, torch.full((1, 1, 1, 1), 6.0)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.zeros(2, 2).to(torch.float8_e4m3fn),
+        torch.zeros(2, 2).to(torch.float8_e5m2),
+        torch.full((2, 2), 1e300, dtype=torch.float64),
+    ],
+    ids=["float8_e4m3fn", "float8_e5m2", "beyond float32"],
+)
+def test_parameters_that_float32_does_not_hold_are_refused(tensor: Tensor, tmp_path: Path) -> None:
+    """Proves neither floats without arithmetic nor numbers that overflow get through."""
+    path = tmp_path / "gates.safetensors"
+    save_file({"beta": tensor}, path)
+    with pytest.raises(PolicyError, match="tensor 'beta' must hold finite floats"):
+        load_parameters(str(path))
+
+
+def test_pipes_and_folders_are_no_parameter_files(tmp_path: Path) -> None:
+    """Proves a path that would block when opened is refused at once."""
+    pipe = tmp_path / "pipe.safetensors"
+    os.mkfifo(pipe)
+    for path in (pipe, tmp_path):
+        with pytest.raises(PolicyError, match="no such regular file"):
+            load_parameters(str(path))
+
+
+@pytest.mark.parametrize("name", ["a,b", "a(b", " a", "(a))"])
+def test_text_that_no_spec_can_say_is_refused(name: str) -> None:
+    """Proves a policy's canonical spec always reads back as the policy."""
+    with pytest.raises(PolicyError, match="which no spec can say"):
+        Compressive(budget=8, fn="conv", weights=f"{name}.safetensors")
+
+
+def test_text_in_balanced_parentheses_survives_the_spec() -> None:
+    """Proves commas and colons inside parentheses are literal, as the grammar has it."""
+    policy = Compressive(budget=8, fn="conv", weights="run(a,b:c)=1.safetensors")
+    assert kvpolicy.parse(str(policy)) == policy
+
+
+def test_budget_that_blocks_multiply_to_is_moderate() -> None:
+    """Proves sizes that are moderate one by one may not make a budget beyond int64."""
+    with pytest.raises(PolicyError, match="budget comes to"):
+        kvpolicy.parse(f"bswa:block={1 << 40},segments={1 << 40}")
