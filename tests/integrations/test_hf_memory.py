@@ -1,15 +1,10 @@
 """Evicted keys and values are really gone, and the ledger counts what was dropped."""
 
-import gc
-from functools import cache
-from typing import Any
-
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fixtures.models import SMALL_SHAPE, random_llama, random_prompt
+from fixtures.caches import feed, live_bytes, small_llama
 from kvpolicy import LedgerError
 from kvpolicy_hf import PolicyCache
 
@@ -36,31 +31,10 @@ SPECS = (
 )
 
 
-@cache
-def model() -> Any:
-    """Build a model of two layers."""
-    return random_llama(**SMALL_SHAPE)
-
-
-@torch.no_grad()
-def feed(past: PolicyCache, num_tokens: int, rows: int = 1) -> None:
-    """Feed tokens in one forward."""
-    ids = [random_prompt(model(), num_tokens, seed) for seed in range(rows)]
-    model()(torch.tensor(ids), past_key_values=past)
-
-
-def live_bytes() -> int:
-    """Bytes of all storages that Python can reach, weights included."""
-    gc.collect()
-    tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
-    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
-    return sum(storages.values())
-
-
 @pytest.mark.parametrize("spec", SPECS)
 def test_storage_is_constant_in_length(spec: str) -> None:
     """Proves a long request takes the slots of budget + interval and not one more."""
-    past, sizes = PolicyCache(model(), spec), []
+    past, sizes = PolicyCache(small_llama(), spec), []
     for num_tokens in (50, 1, 200, 1, 400):
         feed(past, num_tokens)
         sizes.append(past.ledger().bytes_held)
@@ -74,7 +48,7 @@ def test_storage_is_constant_in_length(spec: str) -> None:
 def test_nothing_else_holds_what_was_evicted() -> None:
     """Proves the process's tensors grow by the cache's own storage alone."""
     before = live_bytes()
-    past = PolicyCache(model(), "h2o:budget=16")
+    past = PolicyCache(small_llama(), "h2o:budget=16")
     feed(past, 500)
     feed(past, 1)
     rotary = 2 * 16 * 4  # at most one copy of the frequencies per layer
@@ -91,7 +65,7 @@ def test_nothing_else_holds_what_was_evicted() -> None:
 @settings(max_examples=25, deadline=None)
 def test_the_ledger_is_the_occupancy_law(spec: str, chunks: list[int], rows: int) -> None:
     """Proves what storage counted as dropped is what the law demands, after any forward."""
-    past = PolicyCache(model(), spec)
+    past = PolicyCache(small_llama(), spec)
     for num_tokens in chunks:
         feed(past, num_tokens, rows)
     total, occupancy = sum(chunks), past.policy.occupancy
@@ -110,7 +84,7 @@ def test_the_ledger_is_the_occupancy_law(spec: str, chunks: list[int], rows: int
 
 def test_a_policy_that_did_not_run_fails_its_ledger() -> None:
     """Proves the count is measured: storage that dropped too little is an error."""
-    past = PolicyCache(model(), "window:budget=16")
+    past = PolicyCache(small_llama(), "window:budget=16")
     feed(past, 40)
     for layer in past._policy_layers:
         assert layer.slots is not None
@@ -121,7 +95,7 @@ def test_a_policy_that_did_not_run_fails_its_ledger() -> None:
 
 def test_policy_seconds_grow_with_the_work() -> None:
     """Proves the time in the ledger is measured."""
-    past = PolicyCache(model(), "h2o:budget=16")
+    past = PolicyCache(small_llama(), "h2o:budget=16")
     feed(past, 40)
     first = past.ledger().policy_seconds
     feed(past, 40)

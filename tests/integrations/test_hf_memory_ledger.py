@@ -1,15 +1,10 @@
 """What memories cost, as counted in storage: constant in length, and all of it in the ledger."""
 
-import gc
-from functools import cache
-from typing import Any
-
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fixtures.models import SMALL_SHAPE, random_llama, random_prompt
+from fixtures.caches import feed, live_bytes, small_llama
 from kvpolicy.memory.state import slots_of
 from kvpolicy_hf import PolicyCache
 
@@ -34,31 +29,10 @@ COSTS = {
 """Bytes of one layer's memory of a row, from its first token on."""
 
 
-@cache
-def model() -> Any:
-    """Build a model of two layers."""
-    return random_llama(**SMALL_SHAPE)
-
-
-@torch.no_grad()
-def feed(past: PolicyCache, num_tokens: int, rows: int = 1) -> None:
-    """Feed tokens in one forward."""
-    ids = [random_prompt(model(), num_tokens, seed) for seed in range(rows)]
-    model()(torch.tensor(ids), past_key_values=past)
-
-
-def live_bytes() -> int:
-    """Bytes of all storages that Python can reach, weights included."""
-    gc.collect()
-    tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
-    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
-    return sum(storages.values())
-
-
 @pytest.mark.parametrize("spec", COSTS)
 def test_storage_is_constant_in_length(spec: str) -> None:
     """Proves a long request takes its window and its memory, and not one byte more."""
-    past, sizes = PolicyCache(model(), spec), []
+    past, sizes = PolicyCache(small_llama(), spec), []
     for num_tokens in (1, 60, 1, 200, 1, 400):
         feed(past, num_tokens)
         sizes.append(past.ledger().bytes_held)
@@ -73,7 +47,7 @@ def test_storage_is_constant_in_length(spec: str) -> None:
 def test_nothing_else_holds_what_was_absorbed(spec: str) -> None:
     """Proves the process grows by the ledger's bytes, and by what all rows of a model share."""
     before = live_bytes()
-    past = PolicyCache(model(), spec)
+    past = PolicyCache(small_llama(), spec)
     feed(past, 500, rows=2)
     feed(past, 1, rows=2)
     held = past.ledger(0).bytes_held + past.ledger(1).bytes_held
@@ -103,7 +77,7 @@ def merged(spec: str, evicted: int) -> int:
 @settings(max_examples=25, deadline=None)
 def test_the_ledger_counts_memories(spec: str, chunks: list[int], rows: int) -> None:
     """Proves slots, merged tokens and savings are what the law and the storage say."""
-    past = PolicyCache(model(), spec)
+    past = PolicyCache(small_llama(), spec)
     for num_tokens in chunks:
         feed(past, num_tokens, rows)
     total, law = sum(chunks), past.policy.occupancy
@@ -120,7 +94,7 @@ def test_the_ledger_counts_memories(spec: str, chunks: list[int], rows: int) -> 
 
 def test_merged_is_a_mean_over_heads_and_layers() -> None:
     """Proves dropped groups are not counted, however unequal the heads are."""
-    past = PolicyCache(model(), "compressive:budget=18,interval=6,min_similarity=0.55")
+    past = PolicyCache(small_llama(), "compressive:budget=18,interval=6,min_similarity=0.55")
     feed(past, 44)
     slots = [layer.slots for layer in past._policy_layers if layer.slots is not None]
     filled = [int((slots_of(part.memory).mass > 0).sum()) for part in slots]

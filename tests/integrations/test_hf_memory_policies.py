@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
+from fixtures.caches import small_llama
 from fixtures.models import (
     SMALL_SHAPE,
     CertifiedPrompt,
@@ -79,15 +80,9 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 
 
 @cache
-def model() -> Any:
-    """Build the model of most tests: two layers, two query heads per KV head."""
-    return random_llama(**SMALL_SHAPE)
-
-
-@cache
 def certified(spec: str) -> CertifiedPrompt:
     """Find a prompt on which float32 cannot decide otherwise."""
-    return certified_prompts(model(), [spec], [PROMPT], max_new_tokens=NEW)[0]
+    return certified_prompts(small_llama(), [spec], [PROMPT], max_new_tokens=NEW)[0]
 
 
 def retained(past: PolicyCache) -> list[tuple[tuple[int, ...], ...]]:
@@ -107,9 +102,9 @@ def feed(used: Any, past: Any, ids: list[int], borders: list[int]) -> torch.Tens
 
 def require_the_oracles_steps(spec: str, ids: list[int], oracle: ModelOracle) -> None:
     """Assert equal logits and sets after every token."""
-    past = PolicyCache(model(), spec)
+    past = PolicyCache(small_llama(), spec)
     for token in ids:
-        logits = feed(model(), past, [token], [])[0]
+        logits = feed(small_llama(), past, [token], [])[0]
         np.testing.assert_allclose(logits, oracle.feed(token), atol=TOLERANCE, rtol=0)
         assert retained(past) == oracle.retained
 
@@ -118,7 +113,9 @@ def require_the_oracles_steps(spec: str, ids: list[int], oracle: ModelOracle) ->
 def test_every_token_is_the_oracles(spec: str) -> None:
     """Proves equality of logits and sets after each single token, for every option."""
     prompt = certified(spec)
-    require_the_oracles_steps(spec, prompt.ids + prompt.run.tokens[:-1], ModelOracle(model(), spec))
+    require_the_oracles_steps(
+        spec, prompt.ids + prompt.run.tokens[:-1], ModelOracle(small_llama(), spec)
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -161,23 +158,23 @@ def test_parameters_from_a_file_are_the_oracles(
     path = tmp_path / "parameters.safetensors"
     spec = write(path)
     parameters = {name: x.double().numpy() for name, x in load_file(path).items()}
-    oracle = ModelOracle(model(), spec, parameters)
-    require_the_oracles_steps(spec, random_prompt(model(), PROMPT, 0), oracle)
+    oracle = ModelOracle(small_llama(), spec, parameters)
+    require_the_oracles_steps(spec, random_prompt(small_llama(), PROMPT, 0), oracle)
 
 
 @cache
 def whole(spec: str) -> tuple[torch.Tensor, list[tuple[tuple[int, ...], ...]]]:
     """Give logits and sets of a certified prompt fed at once."""
-    past = PolicyCache(model(), spec)
-    return feed(model(), past, certified(spec).ids, []), retained(past)
+    past = PolicyCache(small_llama(), spec)
+    return feed(small_llama(), past, certified(spec).ids, []), retained(past)
 
 
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("size", [1, 7, 8])
 def test_chunk_size_changes_nothing(spec: str, size: int) -> None:
     """Proves forwards of one token, of blocks, and across blocks equal one forward."""
-    past = PolicyCache(model(), spec)
-    logits = feed(model(), past, certified(spec).ids, list(range(size, PROMPT, size)))
+    past = PolicyCache(small_llama(), spec)
+    logits = feed(small_llama(), past, certified(spec).ids, list(range(size, PROMPT, size)))
     torch.testing.assert_close(logits, whole(spec)[0], atol=TOLERANCE, rtol=0)
     assert retained(past) == whole(spec)[1]
 
@@ -189,15 +186,15 @@ def test_chunk_size_changes_nothing(spec: str, size: int) -> None:
 @settings(max_examples=60, deadline=None)
 def test_any_chunking_gives_the_same_logits_and_sets(spec: str, borders: list[int]) -> None:
     """Proves schedule invariance: where forwards end never shows in any logit or set."""
-    past = PolicyCache(model(), spec)
-    logits = feed(model(), past, certified(spec).ids, borders)
+    past = PolicyCache(small_llama(), spec)
+    logits = feed(small_llama(), past, certified(spec).ids, borders)
     torch.testing.assert_close(logits, whole(spec)[0], atol=TOLERANCE, rtol=0)
     assert retained(past) == whole(spec)[1]
 
 
 def test_memories_without_room_are_plain_windows() -> None:
     """Proves the degenerate cases: no slots, a closed gate, and one segment of blocks."""
-    ids = random_prompt(model(), PROMPT, 0)
+    ids = random_prompt(small_llama(), PROMPT, 0)
     for spec, plain in (
         ("fam:block=8,segments=1,slots=0", "bswa:block=8,segments=1"),
         ("fam:block=8,segments=1,slots=0,level=model", "bswa:block=8,segments=1"),
@@ -206,8 +203,8 @@ def test_memories_without_room_are_plain_windows() -> None:
         ("centroid:budget=16,slots=0,interval=3", "window:budget=16,interval=3"),
         ("bswa:block=3,segments=5", "window:budget=15,interval=3"),
     ):
-        logits = feed(model(), PolicyCache(model(), spec), ids, [20, 21])
-        other = feed(model(), PolicyCache(model(), plain), ids, [20, 21])
+        logits = feed(small_llama(), PolicyCache(small_llama(), spec), ids, [20, 21])
+        other = feed(small_llama(), PolicyCache(small_llama(), plain), ids, [20, 21])
         assert torch.equal(logits, other), spec
 
 
@@ -227,7 +224,7 @@ def test_bfloat16_adds_only_the_models_own_rounding(spec: str) -> None:
     """Proves half precision costs a memory no more than it costs the dense model."""
     ids = certified(spec).ids
     rounded = feed(half(), PolicyCache(half(), spec), ids, [30])
-    dense = feed(model(), DynamicCache(config=model().config), ids, [30])
+    dense = feed(small_llama(), DynamicCache(config=small_llama().config), ids, [30])
     half_dense = feed(half(), DynamicCache(config=half().config), ids, [30])
     assert mean_shift(rounded, whole(spec)[0]) < 2 * mean_shift(half_dense, dense)
 
@@ -237,5 +234,5 @@ def test_bfloat16_choices_lead_to_nearly_the_same_answers(spec: str) -> None:
     """Proves rounded keys, which may swap near-equals, matter less than evicting at all."""
     ids = certified(spec).ids
     rounded = feed(half(), PolicyCache(half(), spec), ids, [30])
-    evicting = mean_shift(whole(spec)[0], feed(model(), DynamicCache(), ids, []))
+    evicting = mean_shift(whole(spec)[0], feed(small_llama(), DynamicCache(), ids, []))
     assert mean_shift(rounded, whole(spec)[0]) < evicting / 2

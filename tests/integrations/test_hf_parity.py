@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
+from fixtures.caches import small_llama
 from fixtures.models import (
     SMALL_SHAPE,
     CertifiedPrompt,
@@ -50,12 +51,6 @@ FAMILIES = {
     "mistral": random_mistral,
     "gemma": random_gemma,
 }
-
-
-@cache
-def small_llama() -> Any:
-    """Build the model of most tests: two layers, two query heads per KV head."""
-    return random_llama(**SMALL_SHAPE)
 
 
 @cache

@@ -7,6 +7,7 @@ after that step's attention. Keys are rotated (RoPE, half-split) where they are 
 Axes: H_kv KV heads, G query heads per KV head, S token slots, M memory slots, D head_dim.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -64,7 +65,7 @@ class Answer:
 
 
 @dataclass
-class Memory:
+class Memory(ABC):
     """Of one layer, with a state per KV head that `heads` holds.
 
     `margins` notes every discrete choice: how far the chosen was from the next best.
@@ -76,16 +77,17 @@ class Memory:
     theta: float
     margins: list[float] = field(default_factory=list, init=False)
 
+    @abstractmethod
     def attend(self, head: int, query: Query, tokens: Tokens) -> Answer:
         """Attend to tokens and memory."""
-        raise NotImplementedError
 
     def reflect(self, num_tokens: int, tokens: Sequence[Tokens]) -> None:
         """Look at all tokens held, per KV head, after each attention, before the eviction."""
+        del num_tokens, tokens  # most memories do not look
 
+    @abstractmethod
     def absorb(self, head: int, query: Query, evicted: Tokens, answer: Answer) -> None:
         """Take in what leaves one KV head."""
-        raise NotImplementedError
 
     def token_logits(self, query: Query, keys: Array) -> Array:
         """Logits of the rotated queries over rotated keys [S, D]; [G, S]."""
@@ -109,9 +111,9 @@ class SlotMemory(Memory):
     def __post_init__(self) -> None:
         self.heads: list[list[Slot]] = [[] for _ in range(self.num_kv_heads)]
 
+    @abstractmethod
     def slot_logits(self, head: int, query: Query) -> Array:
         """Logits over the filled slots of one KV head, biases included; [G, M]."""
-        raise NotImplementedError
 
     def attend(self, head: int, query: Query, tokens: Tokens) -> Answer:
         logits = self.token_logits(query, tokens.keys)
