@@ -291,6 +291,10 @@ class RetentionImpl(CPUAttentionBackendImpl):
         plan, index = attn_metadata.plan, extract_layer_index(layer.layer_name)
         self._bind(kv_cache, layer.isa, index)
         batch = LayerBatch(query, key, value, output)
+        if self.engine.keeps_numbers and len(plan.entered):
+            # vLLM's kernel multiplies all of a block's values, unwritten ones by zero; halves of
+            # float32 numbers that a request left behind may be no number of a narrower dtype.
+            self._pages.clear(plan.entered)
         if plan.placement is not None:
             place(plan.placement, self._kernel, self._pages, batch)
         if plan.in_place is not None:

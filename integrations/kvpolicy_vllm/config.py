@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvpolicy import CachePolicy, EvictionPolicy, PolicyError, UnsupportedError, parse
-from kvpolicy.policies.compressive import Compressive
-from kvpolicy.policies.infini import Infini
+from kvpolicy.memory.policy import MemoryPolicy
 from kvpolicy_vllm.allotment import memory_policy
 from kvpolicy_vllm.capture import Capture
 
@@ -170,7 +169,7 @@ def _check_room(policy: CachePolicy, server: CachePolicy) -> None:
 
     What a memory of numbers takes depends on the model, which is not known where requests enter.
     So it is left out on both sides, and requests may have one where the server's policy is of
-    the same class.
+    the same class; the worker, which knows the model, compares again.
     """
     needed, allotted = policy.occupancy.capacity, server.occupancy.capacity
     if allotted is not None and (needed is None or needed > allotted):
@@ -199,15 +198,6 @@ def _keeps_numbers(policy: CachePolicy) -> bool:
     return remembering is not None and remembering.memory_floats(1, 1) > 0
 
 
-def _named_file(policy: CachePolicy) -> str | None:
-    """The file of parameters that a policy would read."""
-    if isinstance(policy, Compressive):
-        return policy.weights
-    if isinstance(policy, Infini) and isinstance(policy.gate, str):
-        return None if policy.is_calibrated or not policy.has_memory else policy.gate
-    return None
-
-
 def request_policy(params: "SamplingParams") -> CachePolicy | None:
     """The policy that a request asks for by itself, None if it does not.
 
@@ -223,7 +213,7 @@ def request_policy(params: "SamplingParams") -> CachePolicy | None:
             "import paths are for the server's own policy only"
         )
     policy = parse(spec)
-    path = _named_file(policy)
+    path = policy.parameter_file if isinstance(policy, MemoryPolicy) else None
     if path is not None:
         raise PolicyError(
             f"{KEY} of a request must not name a file, got {path!r}; files of parameters are for "

@@ -136,6 +136,11 @@ class Engine:
             found = self._allotments[policy] = allotment_of(policy, self.page)
         return found
 
+    @property
+    def keeps_numbers(self) -> bool:
+        """Whether requests may leave a memory's numbers behind in blocks."""
+        return self.allotment_of(self.policy).state_blocks > 0
+
     def follow(self, update: "BatchUpdate") -> None:
         """Keep every row's policy with its request: removed, then added, then moved rows.
 
@@ -163,6 +168,20 @@ class Engine:
         if policy is not None:
             self.rows[row] = policy
 
+    def _require_room(self, policy: CachePolicy) -> None:
+        """Refuse a request's policy whose memory of numbers is larger than the server's.
+
+        Where requests enter, the model is not known that says how many numbers there are.
+        """
+        needed, allotted = (
+            self.allotment_of(each).law.state_slots for each in (policy, self.policy)
+        )
+        if needed > allotted:
+            raise PolicyError(
+                f"{policy} keeps a memory of {needed} slots in this model, the server's "
+                f"{self.policy} allots {allotted}"
+            )
+
     def requested_policy(self, params: "SamplingParams") -> CachePolicy | None:
         """The policy a request asks for, if it fits the server's allotment.
 
@@ -173,6 +192,7 @@ class Engine:
             policy = request_policy(params)
             if policy is not None:
                 check_request(policy, self.policy)
+                self._require_room(policy)
         except PolicyError as error:
             logger.warning("kvpolicy: %s; the request runs under %s", error, self.policy)
             return None

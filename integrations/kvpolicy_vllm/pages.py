@@ -160,6 +160,10 @@ class Pages:
         runs = whole.view(self.runs.dtype).unflatten(-1, (blocks.shape[1], -1))
         self.runs[blocks] = runs.transpose(1, 2)
 
+    def clear(self, blocks: Tensor) -> None:
+        """Set keys and values of blocks [X] to zero."""
+        self.runs[blocks] = 0
+
     def _gather(self, blocks: Tensor, first: int, size: int, scratch: str | None = None) -> Tensor:
         """Copy numbers [first, first + size) of the runs of blocks [R, n]: [R, H_kv, n, size]."""
         windows, index = self._windows(blocks, first, size)

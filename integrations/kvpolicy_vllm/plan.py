@@ -226,9 +226,20 @@ class Walk:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything about one forward that is the same in all layers."""
+    """Everything about one forward that is the same in all layers.
+
+    Attributes:
+        num_tokens: Tokens of the batch.
+        entered: [X] blocks that rows use for the first time.
+        placement: Tokens of rows whose slots stay as they are.
+        in_place: Those of them that vLLM's kernel attends.
+        decisions: Rows attended in place that observe or evict.
+        recollections: Rows that read a memory.
+        walks: All other rows.
+    """
 
     num_tokens: int
+    entered: Tensor
     placement: Placement | None
     in_place: InPlace | None
     decisions: list[Decision]
@@ -250,12 +261,24 @@ def make_plan(rows: list[Row], block_table: Tensor, block_size: int, num_tokens:
     attending = [row for row in staying if not row.has_slot_memory]
     return Plan(
         num_tokens=num_tokens,
+        entered=_entered(rows, block_table, block_size),
         placement=_placement(staying, block_table, block_size, num_tokens) if staying else None,
         in_place=_in_place(attending, block_table, num_tokens) if attending else None,
         decisions=_decisions(attending, block_table, block_size),
         recollections=_recollections(staying, block_table, block_size),
         walks=_walks(walking, block_table, block_size),
     )
+
+
+def _entered(rows: list[Row], block_table: Tensor, block_size: int) -> Tensor:
+    """Blocks [X] of the rows' memories and tokens that they did not use before."""
+    parts = [block_table.new_empty(0)]
+    for row in rows:
+        before = row.law.num_blocks(row.seen, block_size) if row.seen else 0
+        after = row.law.num_blocks(row.total, block_size)
+        if before < after:
+            parts.append(block_table[row.index, before:after])
+    return torch.cat(parts).long()
 
 
 def _placement(rows: list[Row], block_table: Tensor, block_size: int, num_tokens: int) -> Placement:

@@ -31,7 +31,7 @@ def load_parameters(path: str) -> dict[str, Tensor]:
 
     try:
         if not Path(path).is_file():  # opening a pipe would wait for its other end
-            raise PolicyError(f"{path}: cannot read parameters: there is no such regular file")
+            raise OSError("there is no such regular file")
         size = Path(path).stat().st_size
         tensors = load_file(path) if size <= _MAX_BYTES else {}
     except (OSError, ValueError, SafetensorError) as error:  # a NUL in a path is a ValueError

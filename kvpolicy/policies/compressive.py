@@ -114,6 +114,11 @@ class Compressive(SlotMemoryPolicy):
         """Number of first tokens that are never evicted."""
         return self.sinks
 
+    @property
+    def parameter_file(self) -> str | None:
+        """Fitted kernels."""
+        return self.weights
+
     def new_memory(self, shape: "Shape", setting: "Setting") -> "SlotMemory":
         """Make empty slots."""
         if self.weights is not None:

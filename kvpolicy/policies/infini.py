@@ -86,6 +86,12 @@ class Infini(MemoryPolicy):
         """A closed gate never reads, so that nothing is stored."""
         return self.gate != "closed" and self.gate != 0.0
 
+    @property
+    def parameter_file(self) -> str | None:
+        """Trained gates."""
+        gate = self.gate
+        return gate if isinstance(gate, str) and gate not in ("closed", "calibrated") else None
+
     def memory_floats(self, head_dim: int, group: int) -> int:
         """Matrix, normaliser and the calibration's five statistics of each query head."""
         return (head_dim + 1) * head_dim + 5 * group if self.has_memory else 0

@@ -125,7 +125,8 @@ def fit(
         advance: Told the layers done.
 
     Raises:
-        PolicyError: The policy has nothing to fit, or the file cannot be named in a spec.
+        PolicyError: The policy has nothing to fit, or the file cannot be named in a spec or
+            written.
         UnsupportedError: The trace has not what a fit needs, or safetensors is not installed.
         TraceError: The trace is damaged.
     """
@@ -133,6 +134,10 @@ def fit(
     fitted_policy = _with_file(parsed, path)
     if steps < 1:
         raise PolicyError(f"steps must be at least 1, got {steps}")
+    if path.is_dir() or not path.parent.is_dir():
+        raise PolicyError(
+            f"{path}: parameters are written as a file in a folder that exists; choose another name"
+        )
     if find_spec("safetensors") is None:
         raise UnsupportedError("writing parameters needs safetensors: pip install safetensors")
     if not isinstance(trace, Trace):

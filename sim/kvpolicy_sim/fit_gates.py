@@ -27,7 +27,7 @@ from kvpolicy_sim.fit import LayerFit, Losses
 from kvpolicy_sim.inputs import LayerInputs
 
 HELD_OUT = 0.25
-"""Last part of each sequence on which gates fitted to the rest are judged."""
+"""Last part of each sequence on which gates fitted to the rest are judged, at least a segment."""
 
 BOUND = 16.0
 """Largest |logit| of a gate: sigmoid(-16) is 1e-7."""
@@ -78,10 +78,11 @@ class GateFitter:
         self.trace, self.policy, self.rotary = trace, policy, rotary
         self.sequences = sequences
         longest = max(trace.sequences[index].tokens for index in sequences)
-        if longest <= policy.segment:
+        if longest <= 2 * policy.segment:
             raise UnsupportedError(
                 f"{policy}: the longest sequence has {longest} tokens, so that no query follows a "
-                "segment that has ended; capture longer ones, or lower segment"
+                "segment that has ended, or none but those held out; capture more than "
+                f"{2 * policy.segment} tokens, or lower segment"
             )
 
     def run(self, layer: int) -> tuple[LayerFit, dict[str, Tensor]]:
@@ -89,18 +90,17 @@ class GateFitter:
         early = late = None
         for sequence in self.sequences:
             inputs = LayerInputs.load(self.trace, sequence, layer, outputs=True)
-            border = round(inputs.tokens * (1 - HELD_OUT))
+            border = self._border(inputs.tokens)
             for first, found in self._segments(inputs):
                 if first < border:
                     early = found if early is None else early + found
                 else:
                     late = found if late is None else late + found
-        known = early if early is not None else late
-        assert known is not None, "a sequence is longer than a segment"
-        judged = late if late is not None else known
-        whole = known if late is None or late is known else known + late
+        assert early is not None, "a sequence is longer than two segments"
+        assert late is not None, "every sequence with a border has a segment behind it"
+        whole = early + late
         gate = whole.gate
-        made = LayerFit(layer, whole.losses(gate), judged.losses(known.gate))
+        made = LayerFit(layer, whole.losses(gate), late.losses(early.gate))
         return made, {"beta": gate.flatten().logit().clamp(-BOUND, BOUND).float()}
 
     def blank(self, header: Header) -> dict[str, Tensor]:
@@ -111,6 +111,11 @@ class GateFitter:
         """The query heads of the KV heads recorded."""
         group = header.group
         return [head * group + g for head in header.kv_heads for g in range(group)]
+
+    def _border(self, tokens: int) -> int:
+        """First token of a sequence from which segments are held out; the last one always is."""
+        last = (tokens - 1) // self.policy.segment * self.policy.segment
+        return min(round(tokens * (1 - HELD_OUT)), last)
 
     def _segments(self, inputs: LayerInputs) -> Iterator[tuple[int, Parabola]]:
         """Errors in every segment but the first, by its first token."""

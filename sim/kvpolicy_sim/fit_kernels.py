@@ -31,6 +31,7 @@ from kvpolicy.policies.compressive import Compressive
 from kvpolicy.rotary import Rotary
 from kvpolicy.trace import Header, Trace
 from kvpolicy_sim.fit import LayerFit, Losses
+from kvpolicy_sim.inputs import require_finite
 
 PARTS = (0.6, 0.2, 0.2)
 """Shares of a sequence for gradients, for stopping, and held out."""
@@ -171,10 +172,7 @@ class KernelFitter:
         """Passages of all sequences for gradients, for stopping, and held out."""
         found: list[list[Passages]] = [[] for _ in PARTS]
         for sequence in self.sequences:
-            q, k, v = (
-                self.trace.read(kind, layer, sequence, dtype=torch.float32)
-                for kind in ("q", "k", "v")
-            )
+            q, k, v = (self._read(kind, layer, sequence) for kind in ("q", "k", "v"))
             places = torch.arange(k.shape[1])
             raw = self.rotary.shift(k, -places)
             first, tokens = self.policy.sinks, k.shape[1]
@@ -183,6 +181,11 @@ class KernelFitter:
                 part.extend(self._passages(q, raw, v, first, last))
                 first += -(-(last - first) // self.policy.rate) * self.policy.rate
         return [_join(part) for part in found]
+
+    def _read(self, kind: str, layer: int, sequence: int) -> Tensor:
+        x = self.trace.read(kind, layer, sequence, dtype=torch.float32)
+        require_finite(x, f"{self.trace.path}: {kind} of layer {layer}, sequence {sequence}")
+        return x
 
     def _passages(
         self, q: Tensor, raw: Tensor, v: Tensor, first: int, last: int

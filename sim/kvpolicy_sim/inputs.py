@@ -72,7 +72,7 @@ class LayerInputs:
 
         def read(kind: str) -> Tensor:
             x = trace.read(kind, layer, sequence, dtype=torch.float32)
-            _require_finite(x, f"{trace.path}: {kind} of layer {layer}, sequence {sequence}")
+            require_finite(x, f"{trace.path}: {kind} of layer {layer}, sequence {sequence}")
             return x if x.shape[0] == kv_heads else x.unflatten(0, (kv_heads, -1))
 
         queries, keys, values = read("q").mul_(header.scale), read("k"), read("v")
@@ -90,7 +90,7 @@ class LayerInputs:
             out = None if full.out is None else full.out.view(*shape, -1)
             for x in (lse, out):
                 where = f"{trace.path}: attention of layer {layer}, sequence {sequence}"
-                _require_finite(x, where)
+                require_finite(x, where)
         return cls(
             layer=layer,
             kv_heads=header.kv_heads,
@@ -106,7 +106,7 @@ class LayerInputs:
         )
 
 
-def _require_finite(x: Tensor | None, what: str) -> None:
+def require_finite(x: Tensor | None, what: str) -> None:
     """Raise TraceError for infinities and NaN, which the extremes show at half the cost."""
     if x is not None and not bool(torch.stack(torch.aminmax(x)).isfinite().all()):
         raise TraceError(f"{what} has values that are not finite; capture the trace again")

@@ -13,7 +13,10 @@ import kvpolicy
 import kvpolicy_vllm
 from fixtures.engines import BLOCK_SIZE, Reference, assert_equals_reference, generate, start_engine
 from fixtures.models import LOGIT_MARGIN, random_llama, random_prompt, save_model
+from kvpolicy.memory.policy import MemoryPolicy
 from kvpolicy_hf import PolicyCache
+from kvpolicy_vllm.allotment import PageShape
+from kvpolicy_vllm.engine import Engine
 from kvpolicy_vllm.frontend import announce
 
 pytestmark = pytest.mark.vllm
@@ -258,6 +261,40 @@ def test_what_a_server_has_no_room_for_is_refused(engines, server, spec, message
     assert len(generate(llm, [prompt], 2)[0].outputs[0].token_ids) == 2
 
 
+class Wide(MemoryPolicy):
+    """A stranger's policy, as many numbers as it is asked for."""
+
+    name = "wide_numbers"
+
+    width: int = 1
+
+    def memory_floats(self, head_dim, group):
+        """So many per dimension."""
+        return self.width * head_dim
+
+    def new_memory(self, shape, setting):
+        """Not asked here."""
+        raise AssertionError
+
+    def absorb(self, memory, passage):
+        """Forget."""
+        return memory
+
+    def attend(self, memory, question):
+        """Not asked here."""
+        raise AssertionError
+
+
+def test_more_numbers_than_the_server_allots_are_refused_in_the_worker():
+    """What only the model tells is checked where it is known: no block of a neighbour is taken."""
+    engine = Engine(Wide(budget=64), page=PageShape(BLOCK_SIZE, 64, 4, group=2))
+    for width, expected in ((1, True), (500, False)):
+        policy = Wide(budget=64, width=width)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("kvpolicy_vllm.engine.request_policy", lambda _, found=policy: found)
+            assert (engine.requested_policy(SamplingParams()) == policy) is expected
+
+
 def test_gates_from_a_file_equal_transformers(path, tmp_path):
     """A server's own policy may name a file, which is read where the layers are."""
     save_file({"beta": torch.randn(2, 4)}, tmp_path / "gates.safetensors")
@@ -302,6 +339,24 @@ def test_bfloat16_stays_within_its_rounding(path, spec):
         for output, new in zip(outputs, ids, strict=True)
     ]
     assert (torch.tensor(found) - torch.tensor(exact)).abs().mean() < 0.1
+
+
+def test_numbers_left_in_blocks_are_no_values_of_the_next_request(path):
+    """In half precision, requests on blocks that held a memory answer as on fresh ones."""
+    server = "infini:segment=40,gate=0.3"
+    settings = {"dtype": "float16", "num_gpu_blocks_override": 14, "max_model_len": 160}
+    llm = start_engine(path, server, **settings)
+    prompts = [random_prompt(model(), length, seed=length) for length in (30, 50, 90)]
+    rounds: list[list[tuple[int, ...]]] = []
+    for spec in (None, "window:budget=30", None):
+        outputs = [
+            generate(llm, [prompt], 12, spec, logprobs=0)[0].outputs[0] for prompt in prompts
+        ]
+        rounds.append([tuple(output.token_ids) for output in outputs])
+        for output in outputs:
+            found = log_probabilities(output.logprobs, list(output.token_ids))
+            assert torch.tensor(found).isfinite().all(), spec
+    assert rounds[0] == rounds[2]
 
 
 def log_probabilities(entries, tokens: list[int]) -> list[float]:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 import kvpolicy_sim
 from fixtures.replays import full_attention
 from fixtures.traces import LayerTensors, Shape, header_of, random_layers, write_trace
-from kvpolicy import PolicyError, UnsupportedError
+from kvpolicy import PolicyError, TraceError, UnsupportedError
 from kvpolicy.memory.parameters import load_parameters
 from kvpolicy_sim.fit_kernels import averages
 from oracles.arithmetic import rotate
@@ -174,6 +174,26 @@ def infini_parts(x, head, segment):
     return local, recalled
 
 
+def test_gates_are_judged_on_a_segment_that_they_were_not_fitted_to(tmp_path):
+    """Where no segment begins in the last quarter, the last one is held out all the same."""
+    shape = Shape(tokens=270, layers=(0,))
+    layers = [random_layers(shape, seed=seed)[0] for seed in range(2)]
+    changed = LayerTensors(
+        layers[0].q, layers[0].k, torch.cat([layers[0].v[:, :200], layers[1].v[:, 200:]], dim=1)
+    )
+    fits = [
+        kvpolicy_sim.fit(
+            write_trace(tmp_path / f"{index}.kvtrace", {0: layer}, header=header_of(shape)),
+            "infini:segment=100",
+            tmp_path / "g.safetensors",
+        ).layers[0]
+        for index, layer in enumerate((layers[0], changed))
+    ]
+    for made in fits:
+        assert made.held_out != made.fitted
+    assert fits[0].held_out != fits[1].held_out
+
+
 def test_a_fitted_gate_is_better_than_a_closed_one_in_a_replay(gates, path):
     """The policy named by the fit has less error than attention inside segments."""
     closed = "infini:segment=64"
@@ -225,6 +245,7 @@ def test_heads_that_were_not_captured_stay_as_they_were(tmp_path):
         ("compressive:budget=48", "nothing to fit"),
         ("compressive:budget=8,memory=1,fn=conv", "at least two slots"),
         ("infini:segment=600", "no query follows"),
+        ("infini:segment=300", "capture more than 600 tokens"),
     ],
 )
 def test_what_cannot_be_fitted_is_refused(spec, reason, path, tmp_path):
@@ -246,3 +267,31 @@ def test_traces_and_names_that_do_not_do_are_refused(tmp_path):
             kvpolicy_sim.fit(path, CONV, tmp_path / "x.safetensors")
     with pytest.raises(PolicyError, match="which no spec can say"):
         kvpolicy_sim.fit(path, CONV, tmp_path / "a,b")
+
+
+def test_files_that_cannot_be_written_are_refused_before_the_fit(path, tmp_path):
+    """A folder that is not there, or a folder in the file's place."""
+    (tmp_path / "x.safetensors").mkdir()
+    for out in (tmp_path / "none" / "y.safetensors", tmp_path / "x.safetensors"):
+        with pytest.raises(PolicyError, match="in a folder that exists"):
+            kvpolicy_sim.fit(path, CONV, out)
+
+
+@pytest.mark.parametrize("spec", [CONV, "infini:segment=64"])
+def test_numbers_that_are_not_finite_are_refused(spec, tmp_path):
+    """One NaN fails the fit of kernels and of gates, and nothing is written."""
+    shape = Shape(tokens=300, layers=(0,))
+    x = random_layers(shape)[0]
+    x.v[:, 290] = math.nan
+    path = write_trace(tmp_path / "t.kvtrace", {0: x}, header=header_of(shape))
+    with pytest.raises(TraceError, match=r"v of layer 0, sequence 0 .* not finite"):
+        kvpolicy_sim.fit(path, spec, tmp_path / "x.safetensors")
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_a_file_that_is_not_there_is_named_once(tmp_path):
+    """The error says the path once, and why."""
+    path = str(tmp_path / "x.safetensors")
+    with pytest.raises(PolicyError) as caught:
+        load_parameters(path)
+    assert str(caught.value) == f"{path}: cannot read parameters: there is no such regular file"
