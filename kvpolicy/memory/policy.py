@@ -1,7 +1,6 @@
 """Policies that absorb what they evict, and how their memories are read."""
 
 import math
-from abc import abstractmethod
 from typing import TYPE_CHECKING, Literal
 
 from kvpolicy.errors import PolicyError
@@ -50,21 +49,24 @@ class MemoryPolicy(EvictionPolicy):
         """Rate a slot by its position: the oldest goes first."""
         return view.positions
 
-    @abstractmethod
     def new_memory(self, shape: "Shape", setting: "Setting") -> "Memory":
         """Make the memory of rows that have seen nothing.
 
         Raises:
             PolicyError: The policy's parameters do not fit the model.
         """
+        raise self._missing("new_memory(shape, setting)")
 
-    @abstractmethod
     def absorb(self, memory: "Memory", passage: "Passage") -> "Memory":
         """Take in the tokens of one eviction; the given memory stays as it is."""
+        raise self._missing("absorb(memory, passage)")
 
-    @abstractmethod
     def attend(self, memory: "Memory", question: "Question") -> "Attended":
         """Attend to tokens and memory together."""
+        raise self._missing("attend(memory, question)")
+
+    def _missing(self, method: str) -> PolicyError:
+        return PolicyError(f"{type(self).__name__} defines no {method} method; add one")
 
     def merged(self, memory: "Memory", row: int, evicted: int) -> float:
         """Evicted tokens of a row that the memory stands for, mean over KV heads; default all."""

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from kvpolicy.memory.state import Attended, Memory, Passage, Question, Setting, Shape
 
 
+NAMED_GATES = ("closed", "calibrated")
+"""Words for gates; others name a file."""
+
+
 class Infini(MemoryPolicy):
     """Attend within segments; what ended lives on in a matrix per KV head (Infini-attention).
 
@@ -62,15 +66,14 @@ class Infini(MemoryPolicy):
         """Refuse segments that are none and gates beyond open."""
         if self.segment < 1:
             raise PolicyError(f"infini: segment must be at least 1, got {self.segment}")
-        named = ("closed", "calibrated")
         if isinstance(self.gate, str):
-            is_known = self.gate in named or self.gate.endswith(PARAMETER_SUFFIX)
+            is_known = self.gate in NAMED_GATES or self.gate.endswith(PARAMETER_SUFFIX)
         else:
             is_known = 0.0 <= self.gate <= 1.0
         if not is_known:
             raise PolicyError(
-                f"infini: gate must be {', '.join(named)}, a number in 0.0..1.0, or a file of "
-                f"trained gates that ends in {PARAMETER_SUFFIX}, got {self.gate!r}"
+                f"infini: gate must be {', '.join(NAMED_GATES)}, a number in 0.0..1.0, or a file "
+                f"of trained gates that ends in {PARAMETER_SUFFIX}, got {self.gate!r}"
             )
         if self.protect:
             raise PolicyError("infini: it frees whole segments; drop protect")
@@ -90,7 +93,7 @@ class Infini(MemoryPolicy):
     def parameter_file(self) -> str | None:
         """Trained gates."""
         gate = self.gate
-        return gate if isinstance(gate, str) and gate not in ("closed", "calibrated") else None
+        return gate if isinstance(gate, str) and gate not in NAMED_GATES else None
 
     def memory_floats(self, head_dim: int, group: int) -> int:
         """Matrix, normaliser and the calibration's five statistics of each query head."""

@@ -14,6 +14,7 @@ from kvpolicy.memory.linear import LinearMemory, calibrated_log_mass, features, 
 from kvpolicy.memory.parameters import load_parameters
 from kvpolicy.memory.state import Shape
 from kvpolicy.policies.compressive import Compressive
+from kvpolicy.rehearsal import Case, by_steps
 
 
 def test_features_of_very_negative_numbers_stay_positive_and_exact() -> None:
@@ -77,3 +78,21 @@ def test_budget_that_blocks_multiply_to_is_moderate() -> None:
     """Proves sizes that are moderate one by one may not make a budget beyond int64."""
     with pytest.raises(PolicyError, match="budget comes to"):
         kvpolicy.parse(f"bswa:block={1 << 40},segments={1 << 40}")
+
+
+class Forgetful(kvpolicy.SlotMemoryPolicy):
+    """A memory whose author forgot `absorb`."""
+
+    name = "forgetful"
+
+    @property
+    def occupancy(self) -> kvpolicy.Occupancy:
+        """Two memory slots."""
+        return kvpolicy.Occupancy(self.budget - 2, self.interval or 1, 2)
+
+
+def test_a_missing_method_is_named() -> None:
+    """Proves that a memory policy without absorb() says so at its first eviction."""
+    case = Case(lengths=(12, 12))
+    with pytest.raises(PolicyError, match=r"defines no absorb\(memory, passage\)"):
+        by_steps(Forgetful(budget=6), case)
