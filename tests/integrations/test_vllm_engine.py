@@ -266,11 +266,13 @@ def test_rows_follow_their_requests_through_the_batch():
     from vllm import SamplingParams
     from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirectionality
 
+    from kvpolicy_vllm.allotment import PageShape
     from kvpolicy_vllm.engine import Engine
     from kvpolicy_vllm.tap import RequestPolicies
 
+    page = PageShape(block_size=32, head_dim=32, element_bytes=4, group=2)
     tap = object.__new__(RequestPolicies)
-    tap.engine = Engine(kvpolicy.parse("full"), has_layers=True)
+    tap.engine = Engine(kvpolicy.parse("full"), has_layers=True, page=page)
 
     def asking(spec):
         return SamplingParams(extra_args={"kv_policy": spec} if spec else None)
