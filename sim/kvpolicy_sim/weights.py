@@ -58,7 +58,9 @@ def load_weights(model: str | Path | PreTrainedModel, header: Header) -> Weights
 def _load(path: str | Path) -> PreTrainedModel:
     """Load a folder without touching the network."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     try:
         found = AutoModelForCausalLM.from_pretrained(
             str(path), dtype=torch.float32, local_files_only=True
