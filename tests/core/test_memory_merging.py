@@ -13,7 +13,7 @@ import kvpolicy
 from kvpolicy.attention import AttentionLayer, query_key_products
 from kvpolicy.engine import step
 from kvpolicy.memory.pooling import most_used
-from kvpolicy.memory.reading import attend_jointly, attend_tokens
+from kvpolicy.memory.reading import attend_jointly, attend_tokens, merge_by_lse, merge_by_sum
 from kvpolicy.memory.state import Passage, Question, Setting, SlotMemory
 from kvpolicy.rehearsal import HEAD_DIM, Case, Host, Row, by_steps
 from kvpolicy.rotary import Rotary
@@ -200,6 +200,37 @@ def test_any_partition_merged_by_log_sum_exp_is_dense(seed: int, mask: list[bool
     torch.testing.assert_close(
         jointly.weights[..., chosen], dense.weights[..., chosen], rtol=0, atol=2e-6
     )
+
+
+@given(seed=SEEDS, mask=MASKS)
+@settings(max_examples=30)
+def test_branches_join_by_log_sum_exp_and_by_sums(seed: int, mask: list[bool]) -> None:
+    """Proves that a branch merged by its L, or by numerator and denominator, gives the whole."""
+    chosen = torch.tensor(mask)
+    tokens = attend_tokens(a_question(seed, chosen)[0])
+    branch = attend_tokens(a_question(seed, ~chosen)[0])
+    dense = attend_tokens(a_question(seed, torch.ones(12).bool())[0])
+    mass = branch.lse.exp()
+    sums = branch.output * mass.flatten(1, 2)[..., None], mass
+    for whole in (merge_by_lse(tokens, branch.output, branch.lse), merge_by_sum(tokens, *sums)):
+        torch.testing.assert_close(whole.output, dense.output, rtol=0, atol=2e-6)
+        torch.testing.assert_close(whole.lse, dense.lse, rtol=0, atol=2e-6)
+        seen = dense.weights[..., chosen]
+        torch.testing.assert_close(whole.weights[..., chosen], seen, rtol=0, atol=2e-6)
+
+
+def test_branches_without_mass_leave_tokens_as_they_are() -> None:
+    """Proves that an empty branch, or a sum that is not positive, adds exactly nothing."""
+    tokens = attend_tokens(a_question(0, torch.ones(12).bool())[0])
+    nothing, rubbish = torch.zeros_like(tokens.lse), torch.full_like(tokens.output, torch.nan)
+    negative = -2 * tokens.lse.exp()
+    for whole in (
+        merge_by_lse(tokens, rubbish, nothing - torch.inf),
+        merge_by_sum(tokens, torch.zeros_like(tokens.output), nothing),
+        merge_by_sum(tokens, torch.ones_like(tokens.output), negative),
+    ):
+        assert torch.equal(whole.output, tokens.output)
+        assert torch.equal(whole.lse, tokens.lse)
 
 
 @given(seed=SEEDS, mask=MASKS, bias=st.floats(-5, 5))
