@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
 Spans = tuple[tuple[int, int], ...]
 
+Protection = Spans | Literal["prompt"]
+"""What `protect` may pin: spans of positions, or the prompt."""
+
 
 @dataclass(frozen=True)
 class Parameter:
@@ -19,7 +22,7 @@ class Parameter:
 
     Attributes:
         attribute: Field name on the policy.
-        kind: The annotation: int, float, bool, str, a union, a Literal or Spans.
+        kind: The annotation: int, float, bool, str, a union, a Literal or Protection.
         default: Default value, or MISSING when the key is required.
     """
 
@@ -45,14 +48,14 @@ class Parameter:
         """Say which values the key takes."""
         if get_origin(self.kind) is Literal:
             return " | ".join(str(choice) for choice in get_args(self.kind))
-        if self.kind == Spans:
-            return "spans (a:b,c:d)"
+        if self.kind == Protection:
+            return "prompt or spans (a:b,c:d)"
         return " or ".join(kind.__name__ for kind in self.kinds)
 
     def read(self, text: str, where: str) -> Any:
         """Convert a spec's text into a value of this parameter's type."""
-        if self.kind == Spans:
-            value = parse_spans(text)
+        if self.kind == Protection:
+            value = text if text == "prompt" else parse_spans(text)
         elif get_origin(self.kind) is Literal:
             value = {str(choice): choice for choice in get_args(self.kind)}.get(text)
         else:
@@ -71,8 +74,8 @@ class Parameter:
         """Raise PolicyError unless `value` has this parameter's type and a moderate size."""
         if get_origin(self.kind) is Literal:
             fits = typed(value) in map(typed, get_args(self.kind))
-        elif self.kind == Spans:
-            fits = _is_spans(value)
+        elif self.kind == Protection:
+            fits = value == "prompt" or _is_spans(value)
         elif value is None:
             fits = NoneType in get_args(self.kind)
         else:

@@ -21,7 +21,7 @@ from typing import (
 
 from kvpolicy.errors import PolicyError
 from kvpolicy.occupancy import Occupancy
-from kvpolicy.parameter import Parameter, Spans, is_moderate, typed
+from kvpolicy.parameter import Parameter, Protection, Spans, is_moderate, typed
 from kvpolicy.spec import format_value, shown
 
 if TYPE_CHECKING:
@@ -170,18 +170,23 @@ class EvictionPolicy(CachePolicy):
         budget: Slots kept per KV head of each layer after an eviction.
         interval: Tokens between two evictions; default max(1, budget // 16).
         prefill: ``stream`` evicts from the first token on, ``bulk`` once after the prompt.
-        protect: Half-open position spans that are never evicted, ``(a:b,c:d)``.
+        protect: Half-open position spans that are never evicted, ``(a:b,c:d)``; or ``prompt``:
+            its tokens stay beside the budget, which counts the tokens behind them.
         rope: ``keep`` leaves keys at their original rotation, ``reindex`` attends at cache
             ranks (StreamingLLM); only where `reindexable`.
+
+    Classes whose evictions follow blocks or groups of tokens set `sets_prompts_apart` to False:
+    they refuse ``prefill=bulk`` and ``protect=prompt``.
     """
 
     reindexable: ClassVar[bool] = False
+    sets_prompts_apart: ClassVar[bool] = True
     smallest_budget: ClassVar[int] = 1
 
     budget: int
     interval: int | None = None
     prefill: Literal["stream", "bulk"] = "stream"
-    protect: Spans = ()
+    protect: Protection = ()
     rope: Literal["keep", "reindex"] = "keep"
 
     def __post_init__(self) -> None:
@@ -201,14 +206,15 @@ class EvictionPolicy(CachePolicy):
             raise PolicyError(
                 f"{self.label}: budget comes to {shown(self.budget)}, expected less than 2**62"
             )
-        for first, last in self.protect:
+        self._validate_prompts()
+        for first, last in self.spans:
             if not 0 <= first < last:
                 raise PolicyError(
                     f"{self.label}: protect span {first}:{last} protects nothing; need 0 <= a < b"
                 )
-        if len(self.protect) > self.budget:
+        if len(self.spans) > self.budget:
             raise PolicyError(
-                f"{self.label}: {len(self.protect)} protect spans but budget={self.budget}; "
+                f"{self.label}: {len(self.spans)} protect spans but budget={self.budget}; "
                 "merge those that overlap, or raise budget"
             )
         if self.rope == "reindex" and (not self.reindexable or self.protect):
@@ -223,6 +229,20 @@ class EvictionPolicy(CachePolicy):
                 f"room for {room} tokens; raise budget or protect fewer tokens"
             )
 
+    def _validate_prompts(self) -> None:
+        """Refuse prompts set apart in two ways, or by a policy that cannot."""
+        if self.keeps_prompt and self.prefill == "bulk":
+            raise PolicyError(
+                f"{self.label}: protect=prompt never evicts from the prompt, so that prefill=bulk "
+                "has nothing to do; drop one of them"
+            )
+        if not self.sets_prompts_apart and (self.keeps_prompt or self.prefill == "bulk"):
+            setting = "protect=prompt" if self.keeps_prompt else "prefill=bulk"
+            raise PolicyError(
+                f"{self.label}: it evicts whole blocks or groups of tokens, counted from the first "
+                f"token on, which {setting} would break; drop {setting}"
+            )
+
     @property
     def implied(self) -> dict[str, Any]:
         """The interval, unless said otherwise."""
@@ -235,9 +255,20 @@ class EvictionPolicy(CachePolicy):
 
     @property
     def occupancy(self) -> Occupancy:
-        """Sawtooth between `budget` and `budget` + `interval`."""
+        """Sawtooth between `budget` and `budget` + `interval`; a prompt may be set apart."""
         assert self.interval is not None, "filled in by __post_init__"
-        return Occupancy(retained=self.budget, interval=self.interval)
+        prompts = "keep" if self.keeps_prompt else self.prefill
+        return Occupancy(retained=self.budget, interval=self.interval, prompts=prompts)
+
+    @property
+    def keeps_prompt(self) -> bool:
+        """Whether a prompt's tokens stay beside the budget."""
+        return self.protect == "prompt"
+
+    @property
+    def spans(self) -> Spans:
+        """Positions that are never evicted, as half-open spans."""
+        return () if self.protect == "prompt" else self.protect
 
     @property
     def sink_slots(self) -> int:
@@ -253,7 +284,7 @@ class EvictionPolicy(CachePolicy):
     def protected_slots(self) -> int:
         """Most slots that can be protected at once."""
         pinned, end = 0, self.sink_slots
-        for first, last in sorted(self.protect):
+        for first, last in sorted(self.spans):
             pinned += max(0, last - max(first, end))
             end = max(end, last)
         return self.sink_slots + self.recent_slots + pinned

@@ -17,7 +17,7 @@ def protected(policy: EvictionPolicy, view: View) -> Tensor:
     mask = positions < policy.sink_slots
     if policy.recent_slots:
         mask = mask | (positions >= view.n - policy.recent_slots)
-    for first, last in policy.protect:
+    for first, last in policy.spans:
         mask = mask | ((positions >= first) & (positions < last))
     return mask
 

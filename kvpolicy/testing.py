@@ -142,7 +142,7 @@ def keeps_what_is_protected(policy: CachePolicy, case: Case) -> None:
     for index, retained in enumerate(run.retained):
         for n, kept in retained.items():
             wanted = {*range(policy.sink_slots), *range(max(0, n - policy.recent_slots), n)}
-            wanted.update(*(range(*span) for span in policy.protect))
+            wanted.update(*(range(*span) for span in policy.spans))
             wanted &= {*range(n)}
             for head, positions in enumerate(kept):
                 lost = sorted(wanted - {*positions})

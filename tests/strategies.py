@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import kvpolicy
-from kvpolicy.policy import Parameter, Spans, parameters
+from kvpolicy.policy import Parameter, Protection, parameters
 from kvpolicy.registry import BUILT_IN, find
 from kvpolicy.rehearsal import Case
 
@@ -27,9 +27,10 @@ def values(parameter: Parameter) -> st.SearchStrategy[Any]:
     """Draw values of a policy's parameter from its declared kind."""
     if get_origin(parameter.kind) is Literal:
         return st.sampled_from(get_args(parameter.kind))
-    if parameter.kind == Spans:
+    if parameter.kind == Protection:
         starts = st.lists(st.integers(0, 9), max_size=2)
-        return starts.map(lambda found: tuple((start, start + 2) for start in found))
+        spans = starts.map(lambda found: tuple((start, start + 2) for start in found))
+        return st.one_of(st.just("prompt"), spans)
     largest = 64 if parameter.attribute == "budget" else 9
     by_kind = {
         int: st.integers(0, largest),
@@ -171,6 +172,15 @@ LAWS = st.builds(
     retained=st.integers(0, 20),
     interval=st.integers(1, 25),
     state_slots=st.integers(0, 4),
+)
+
+
+PROMPT_LAWS = st.builds(
+    kvpolicy.Occupancy,
+    retained=st.integers(0, 20),
+    interval=st.integers(1, 25),
+    state_slots=st.integers(0, 4),
+    prompts=st.sampled_from(["bulk", "keep"]),
 )
 
 

@@ -99,9 +99,8 @@ def _is_reindexed(policy: CachePolicy) -> bool:
 
 def _unsupported_policy(policy: CachePolicy) -> str | None:
     """Say what of the policy this host cannot do."""
-    prefill = getattr(policy, "prefill", "stream")
-    if prefill != "stream":
-        return f"prefill={prefill} is not supported here yet; use prefill=stream"
+    if policy.occupancy.prompts != "stream":
+        return "prefill=bulk and protect=prompt are not supported here yet; use prefill=stream"
     unknown = sorted(set(policy.needs) - set(NEEDS))
     if unknown:
         return f"it needs {unknown}, and this host shows {NEEDS}; declare needs among these"

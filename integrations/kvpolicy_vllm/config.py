@@ -79,8 +79,10 @@ def check_policy(policy: CachePolicy) -> None:
     Raises:
         UnsupportedError: With the setting to change.
     """
-    if isinstance(policy, EvictionPolicy) and policy.prefill != "stream":
-        raise UnsupportedError(f"{policy}: vLLM runs prefill=stream only; drop prefill=bulk")
+    if policy.occupancy.prompts != "stream":
+        raise UnsupportedError(
+            f"{policy}: vLLM runs prefill=stream only; drop prefill=bulk and protect=prompt"
+        )
     remembering = memory_policy(policy)
     if remembering is not None and remembering.needs_decoder:
         raise UnsupportedError(

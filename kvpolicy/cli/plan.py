@@ -135,10 +135,10 @@ def _require_pages(policy: CachePolicy) -> None:
             f"{policy}: its memory needs the layers' weights, which vLLM does not give; it runs in "
             "transformers and in the simulator"
         )
-    if getattr(policy, "prefill", "stream") != "stream":
+    if policy.occupancy.prompts != "stream":
         raise UnsupportedError(
-            f"{policy}: with prefill=bulk a request's peak is its prompt, and no host runs it yet; "
-            "drop prefill=bulk"
+            f"{policy}: a request's peak depends on its prompt, and no host runs it yet; drop "
+            "prefill=bulk and protect=prompt"
         )
 
 

@@ -1,7 +1,7 @@
 """Policies that absorb what they evict, and how their memories are read."""
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from kvpolicy.errors import PolicyError
 from kvpolicy.policy import EvictionPolicy, View
@@ -29,6 +29,8 @@ class MemoryPolicy(EvictionPolicy):
 
     The oldest tokens outside the sinks go first, so that a memory takes in a text in order.
     """
+
+    sets_prompts_apart: ClassVar[bool] = False
 
     @property
     def needs_decoder(self) -> bool:

@@ -36,6 +36,7 @@ class BSWA(EvictionPolicy):
     name: ClassVar[str] = "bswa"
     paper: ClassVar[str] = "Hwang et al. 2024, arXiv 2404.09173"
     reindexable: ClassVar[bool] = True
+    sets_prompts_apart: ClassVar[bool] = False
     smallest_budget: ClassVar[int] = 0
 
     block: int

@@ -115,7 +115,7 @@ class CompiledLane(Lane):
     ) -> None:
         super().__init__(inputs, heads, level)
         self.rule = rule_for(policy, inputs.layer, inputs.kv_heads[heads.start])
-        self.spans = policy.protect if isinstance(policy, EvictionPolicy) else ()
+        self.spans = policy.spans if isinstance(policy, EvictionPolicy) else ()
         self._positions = np.empty(0, np.int64)
         self._accumulated = np.empty(0, np.float32)
 

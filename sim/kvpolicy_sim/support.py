@@ -66,8 +66,8 @@ def _unsupported(header: Header, policy: CachePolicy) -> str | None:
     unknown = sorted(set(policy.needs) - set(NEEDS))
     if unknown:
         return f"it needs {unknown}, and a replay shows {NEEDS}; declare needs among these"
-    if policy.prefill != "stream":
-        return "a replay runs prefill=stream only; drop prefill=bulk"
+    if policy.occupancy.prompts != "stream":
+        return "a replay runs prefill=stream only; drop prefill=bulk and protect=prompt"
     if policy.rope == "reindex" and (header.rope is None or header.rope.kind != "default"):
         return "rope=reindex needs a trace with plain RoPE; use rope=keep"
     if policy.scope_is_layer and len(header.kv_heads) < header.num_kv_heads:

@@ -87,7 +87,11 @@ def test_capabilities_are_what_the_hosts_do(name: str, host: str) -> None:
     assert (refusal is None) == capability(cls, host).startswith("yes")
     for key, value in {option for each in HOSTS.values() for option in each.refuses}:
         if key in parameters(cls) and value in get_args(parameters(cls)[key].kind):
-            refusal = refusal_of(host, cls(**PARAMETERS[name] | {key: value}))
+            try:
+                policy = cls(**PARAMETERS[name] | {key: value})
+            except kvpolicy.PolicyError:
+                continue  # no host is asked for what the class refuses itself
+            refusal = refusal_of(host, policy)
             assert (refusal is not None) == (f"{key}={value}" in capability(cls, host))
 
 

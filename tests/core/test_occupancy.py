@@ -1,5 +1,7 @@
 """The occupancy law against a count of slots, and its helpers against each other."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvpolicy import Occupancy, parse
-from strategies import LAWS
+from strategies import LAWS, PROMPT_LAWS
 
 TOKENS = 120
 
@@ -63,6 +65,61 @@ def test_blocks_cover_the_fullest_moment(law: Occupancy, n: int, block_size: int
     peak = law.state_slots + max([held[m - 1] + 1 for m in range(1, n + 1)], default=0)
     assert law.num_blocks(n, block_size) == (peak + block_size - 1) // block_size
     assert peak <= law.capacity
+
+
+def counted_behind(law: Occupancy, prompt: int, tokens: int = TOKENS) -> list[int]:
+    """Count slots held after 0, 1, ... tokens of a request whose prompt is set apart."""
+    if law.prompts == "keep":
+        stream = counted(Occupancy(law.retained, law.interval), tokens)
+        return [*range(prompt), *(prompt + held for held in stream)][: tokens + 1]
+    held = [0]
+    for n in range(1, tokens + 1):
+        now = held[-1] + 1
+        if prompt > law.retained:
+            is_due = n >= prompt and (n - prompt) % law.interval == 0
+        else:
+            is_due = now == law.retained + law.interval
+        held.append(law.retained if is_due else now)
+    return held
+
+
+@given(law=PROMPT_LAWS, prompt=st.integers(0, TOKENS))
+def test_prompts_set_apart_are_counted_apart(law: Occupancy, prompt: int) -> None:
+    """Proves the laws of bulk and kept prompts against a count, evictions and surplus included."""
+    settled, held = law.of_prompt(prompt), counted_behind(law, prompt)
+    counts = list(range(TOKENS + 1))
+    assert [settled.held(n) for n in counts] == held
+    assert settled.held(torch.tensor(counts)).tolist() == held
+    dropped = [0, *(before + 1 - after for before, after in pairwise(held))]
+    assert [settled.surplus(n) for n in counts] == dropped
+    due = [n for n in counts if dropped[n]]
+    assert [n for n in counts if settled.is_due(n)] == due
+    assert [settled.evictions(n) for n in counts] == [sum(m <= n for m in due) for n in counts]
+    for n in counts[: due[-1] if due else 0]:
+        assert settled.next_due(n) == next(m for m in due if m > n)
+
+
+@given(law=PROMPT_LAWS, prompt=st.integers(0, TOKENS), block_size=st.integers(1, 32))
+def test_blocks_of_a_bulk_prompt_are_returned(law: Occupancy, prompt: int, block_size: int) -> None:
+    """Proves that blocks cover a prompt while it lasts, and only what decoding needs after it."""
+    settled, held = law.of_prompt(prompt), counted_behind(law, prompt)
+    for n in range(1, TOKENS + 1):
+        blocks = settled.num_blocks(n, block_size)
+        assert blocks * block_size >= held[n - 1] + 1 + law.state_slots
+        if law.prompts == "bulk" and n > prompt > law.retained:
+            assert blocks == -(-min(n + law.state_slots, law.capacity) // block_size)
+        else:
+            assert blocks == -(-(max(held[:n], default=0) + 1 + law.state_slots) // block_size)
+    assert law.num_blocks(TOKENS, block_size) == -(-(TOKENS + law.state_slots) // block_size)
+
+
+def test_an_unsettled_law_evicts_nothing_by_accident() -> None:
+    """Proves that a law whose prompt is unknown refuses to be counted with."""
+    law = parse("window:budget=4,prefill=bulk").occupancy
+    assert law.needs_prompt
+    assert not law.of_prompt(3).needs_prompt
+    with pytest.raises(AssertionError, match="of_prompt"):
+        law.held(9)
 
 
 def test_full_keeps_every_token() -> None:

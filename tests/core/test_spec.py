@@ -12,7 +12,7 @@ from kvpolicy.policies.random import Random
 from kvpolicy.policies.sinks import Sinks
 from kvpolicy.policies.tova import TOVA
 from kvpolicy.policies.window import Window
-from kvpolicy.policy import Parameter, Spans
+from kvpolicy.policy import Parameter, Protection
 from kvpolicy.spec import Spec, parse_number, parse_spans, shown, split_spec
 from strategies import HOSTILE_SPECS, policies
 
@@ -54,6 +54,7 @@ def test_any_text_is_a_policy_or_a_policy_error(text: str) -> None:
         ("window: budget = 4 , interval = 2", "window:budget=4,interval=2"),
         ("window:budget=64,interval=4", "window:budget=64"),
         ("h2o:recent=0.5,budget=1024", "h2o:budget=1024"),
+        ("h2o:budget=64,protect=prompt", "h2o:budget=64,protect=prompt"),
         ("window:budget=64,protect=( 0:8 , 20:24 )", "window:budget=64,protect=(0:8,20:24)"),
         ("h2o:budget=8,score=mean,decay=5e-1", "h2o:budget=8,score=mean,decay=0.5"),
         (
@@ -112,6 +113,11 @@ def test_policies_of_different_classes_are_unequal() -> None:
         ("window:budget=4,interval=0", ["interval=0", "at least 1"]),
         ("window:budget=-4", ["budget=-4", "at least 1"]),
         ("window:budget=4,prefill=lazy", ["window:prefill", "'lazy'", "stream | bulk"]),
+        ("window:budget=4,protect=all", ["window:protect", "'all'", "prompt or spans (a:b,c:d)"]),
+        ("window:budget=4,protect=prompt,prefill=bulk", ["protect=prompt", "prefill=bulk"]),
+        ("window:budget=4,protect=prompt,rope=reindex", ["rope=reindex", "rope=keep"]),
+        ("bswa:block=4,segments=1,prefill=bulk", ["whole blocks", "drop prefill=bulk"]),
+        ("centroid:budget=8,protect=prompt", ["drop protect"]),
         ("window:budget=4,protect=2", ["window:protect", "'2'", "(a:b,c:d)"]),
         ("window:budget=4,protect=(2)", ["window:protect", "'(2)'", "(a:b,c:d)"]),
         ("window:budget=4,protect=(2:2)", ["2:2", "a < b"]),
@@ -243,7 +249,8 @@ def test_policies_are_frozen() -> None:
         (int | str, "x", "x"),
         (Literal[1, 2], "2", 2),
         (Literal["a", "b"], "b", "b"),
-        (Spans, "(0:1,2:3)", ((0, 1), (2, 3))),
+        (Protection, "(0:1,2:3)", ((0, 1), (2, 3))),
+        (Protection, "prompt", "prompt"),
     ],
 )
 def test_parameters_of_any_declared_kind_can_be_read(
