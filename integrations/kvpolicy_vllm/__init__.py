@@ -22,13 +22,18 @@ def register() -> None:
 
 
 def engine_args(
-    policy: str, *, capture: "Capture | Path | str | None" = None, **arguments: Any
+    policy: str,
+    *,
+    capture: "Capture | Path | str | None" = None,
+    log: bool = False,
+    **arguments: Any,
 ) -> dict[str, Any]:
     """Engine arguments that run a policy: ``LLM(model, **engine_args("h2o:budget=1024"))``.
 
     Args:
         policy: The policy's spec.
         capture: What to record of requests, or just the directory; needs the policy ``full``.
+        log: Whether every finished request gets a line of figures in vLLM's log.
         **arguments: Further engine arguments; `additional_config` is merged.
 
     Raises:
@@ -37,13 +42,14 @@ def engine_args(
             is to be captured.
     """
     from kvpolicy_vllm.cli import engine_settings
-    from kvpolicy_vllm.config import CAPTURE_KEY
+    from kvpolicy_vllm.config import CAPTURE_KEY, LOG_KEY
     from kvpolicy_vllm.plugin import check_version
 
     check_version()
     extra = dict(arguments.pop("additional_config", None) or {})
     given = extra.pop(CAPTURE_KEY, None)
-    settings = engine_settings(str(policy), given if capture is None else capture)
+    log = bool(extra.pop(LOG_KEY, False)) or log
+    settings = engine_settings(str(policy), given if capture is None else capture, log=log)
     return {
         **settings,
         **arguments,

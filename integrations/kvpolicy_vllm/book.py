@@ -6,9 +6,9 @@ a ledger while its pages still stand.
 
 import re
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from vllm.logger import init_logger
 from kvpolicy import CachePolicy, Ledger, LedgerError
 from kvpolicy_vllm.allotment import Allotment
 from kvpolicy_vllm.memory import PagedMemory
+from kvpolicy_vllm.metrics import Running
 from kvpolicy_vllm.pages import Pages, rows_of
 
 logger = init_logger(__name__)
@@ -59,6 +60,22 @@ class Account:
     memories: dict[int, PagedMemory] = field(default_factory=dict)
 
 
+class Finished(NamedTuple):
+    """A finished request, as observers see it.
+
+    Attributes:
+        request_id: The id that its user knows.
+        policy: Its policy.
+        ledger: Its ledger.
+        is_sound: Whether what was evicted is the occupancy law's figure.
+    """
+
+    request_id: str
+    policy: CachePolicy
+    ledger: Ledger
+    is_sound: bool
+
+
 @dataclass
 class Book:
     """Accounts of one engine.
@@ -71,6 +88,7 @@ class Book:
         ledgers: Finished requests.
         states: Retained positions of finished requests, by layer.
         faults: What went wrong, one line each.
+        observers: Told of every finished request.
     """
 
     layers: dict[int, Pages] = field(default_factory=dict)
@@ -80,6 +98,7 @@ class Book:
     ledgers: OrderedDict[str, Ledger] = field(default_factory=OrderedDict)
     states: OrderedDict[str, dict[int, Tensor]] = field(default_factory=OrderedDict)
     faults: deque[str] = field(default_factory=lambda: deque(maxlen=_MAX_FAULTS))
+    observers: list[Callable[[Finished], None]] = field(default_factory=list)
 
     def post(
         self, request_id: str, policy: CachePolicy, allotment: Allotment, *, seen: int, total: int
@@ -102,8 +121,10 @@ class Book:
         if account is None:
             return
         name = external_id(request_id)
-        self._check(name, account)
-        self.ledgers[name] = self._ledger(account, blocks)
+        is_sound = self._check(name, account)
+        ledger = self.ledgers[name] = self._ledger(account, blocks)
+        for observe in self.observers:
+            observe(Finished(name, account.policy, ledger, is_sound))
         self.states[name] = _retained(self.layers, account, blocks)
         if len(self.ledgers) > _MAX_LEDGERS:
             self.ledgers.popitem(last=False)
@@ -117,13 +138,15 @@ class Book:
         for request_id in request_ids:
             self.accounts.pop(request_id, None)
 
-    def _check(self, name: str, account: Account) -> None:
-        """Note a fault if what was evicted is not the occupancy law's figure."""
+    def _check(self, name: str, account: Account) -> bool:
+        """Whether what was evicted is the occupancy law's figure; a fault is noted if not."""
         try:
             self._ledger(account, ()).check(account.policy.occupancy)
         except LedgerError as error:
             self.faults.append(f"request {name}: {error}")
             logger.error("kvpolicy: %s", self.faults[-1])
+            return False
+        return True
 
     def _ledger(self, account: Account, blocks: Sequence[int]) -> Ledger:
         """Measured figures of a request; tokens are means over layers and KV heads.
@@ -131,8 +154,7 @@ class Book:
         Without blocks they leave out what these hold.
         """
         block_size = next(iter(self.layers.values())).block_size
-        heads = sum(pages.positions.shape[1] for pages in self.layers.values())
-        evicted = _plain(account.evicted_cells / heads)
+        evicted = _plain(account.evicted_cells / self._num_heads)
         num_layers, policy, num_blocks = len(self.layers), account.policy, len(blocks)
         full_blocks = -(-account.tokens // block_size)
         return Ledger(
@@ -150,9 +172,26 @@ class Book:
             merged=_merged(account, blocks, evicted) if blocks else 0,
         )
 
+    @property
+    def _num_heads(self) -> int:
+        """KV heads of all layers."""
+        return sum(pages.positions.shape[1] for pages in self.layers.values())
+
     def retained(self, request_id: str, blocks: Sequence[int]) -> dict[int, Tensor]:
         """Positions that a request with an open account holds, by layer."""
         return _retained(self.layers, self.accounts[request_id], blocks)
+
+    def running(self, num_blocks: Mapping[str, int]) -> Iterator[Running]:
+        """What requests with open accounts hold.
+
+        Args:
+            num_blocks: Blocks of each, by internal id.
+        """
+        block_bytes = self.page_bytes * len(self.layers)
+        for request_id, count in num_blocks.items():
+            account = self.accounts[request_id]
+            retained = account.tokens - account.evicted_cells / self._num_heads
+            yield Running(account.policy, retained, count, count * block_bytes)
 
     def report(self, open_blocks: Mapping[str, Sequence[int]]) -> dict[str, Any]:
         """Ledgers of requests and their totals, JSON-ready.

@@ -1,4 +1,4 @@
-"""The flags ``--kv-policy`` and ``--kv-policy-capture`` of vLLM's own command line.
+"""The flags of ``--kv-policy`` and its companions on vLLM's own command line.
 
 vLLM loads plugins right before it declares its engine flags, and offers them no hook there.
 Wrapping that one static method adds the flags; their actions write where
@@ -10,12 +10,12 @@ from typing import Any
 
 from kvpolicy import PolicyError, parse
 from kvpolicy_vllm.capture import Capture
-from kvpolicy_vllm.config import CAPTURE_KEY, KEY, WORKER, check_capture
+from kvpolicy_vllm.config import CAPTURE_KEY, KEY, LOG_KEY, WORKER, check_capture
 from kvpolicy_vllm.frontend import announce
 
 
-def engine_settings(spec: str, capture: Any = None) -> dict[str, Any]:
-    """Engine arguments that put a policy to work, and record requests if asked to.
+def engine_settings(spec: str, capture: Any = None, *, log: bool = False) -> dict[str, Any]:
+    """Engine arguments that put a policy to work, and record or log requests if asked to.
 
     Raises:
         PolicyError: The spec or the capture is wrong, or they do not fit.
@@ -27,12 +27,14 @@ def engine_settings(spec: str, capture: Any = None) -> dict[str, Any]:
         capture = Capture.of(capture)
         capture.check_directory()
         config[CAPTURE_KEY] = capture.as_dict()
+    if log:
+        config[LOG_KEY] = True
     announce(policy, is_recorded=capture is not None)
     return {"additional_config": config, "worker_cls": WORKER}
 
 
 class _SettingAction(argparse.Action):
-    """Stores a policy or a capture in the engine arguments' namespace."""
+    """Stores a policy, a capture or the wish for a log in the engine arguments' namespace."""
 
     def __call__(
         self,
@@ -43,13 +45,13 @@ class _SettingAction(argparse.Action):
     ) -> None:
         """Validate the value and merge its settings with those given so far."""
         given = {**(getattr(namespace, "additional_config", None) or {})}
-        spec, capture = given.get(KEY, "full"), given.get(CAPTURE_KEY)
-        if self.dest == KEY:
-            spec = values
-        else:
-            capture = values
+        if self.dest == LOG_KEY:
+            values = True
+        asked = {**given, self.dest: values}
         try:
-            settings = engine_settings(spec, capture)
+            settings = engine_settings(
+                asked.get(KEY, "full"), asked.get(CAPTURE_KEY), log=bool(asked.get(LOG_KEY))
+            )
         except PolicyError as error:
             parser.error(str(error))
         namespace.additional_config = {**given, **settings["additional_config"]}
@@ -69,12 +71,12 @@ class _MergedConfig(argparse._StoreAction):  # pyright: ignore[reportPrivateUsag
     ) -> None:
         """Store the new settings beside ours."""
         given = getattr(namespace, self.dest, None) or {}
-        kept = {key: given[key] for key in (KEY, CAPTURE_KEY) if key in given}
+        kept = {key: given[key] for key in (KEY, CAPTURE_KEY, LOG_KEY) if key in given}
         setattr(namespace, self.dest, {**kept, **values})
 
 
 def add_flag(parser: argparse.ArgumentParser) -> None:
-    """Declare ``--kv-policy`` and ``--kv-policy-capture`` once."""
+    """Declare ``--kv-policy`` and its companions once."""
     declared = parser._option_string_actions  # pyright: ignore[reportPrivateUsage]
     if "--kv-policy" in declared:
         return
@@ -96,6 +98,13 @@ def add_flag(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         metavar="DIRECTORY[,KEY=VALUE...]",
         help="record requests under --kv-policy full as traces, e.g. traces,every=10",
+    )
+    group.add_argument(
+        "--kv-policy-log",
+        action=_SettingAction,
+        nargs=0,
+        default=argparse.SUPPRESS,
+        help="log a line of figures for every finished request",
     )
 
 

@@ -1,8 +1,8 @@
 """Reads the policy from vLLM's configuration and refuses what it cannot honour.
 
 The setting lives in ``VllmConfig.additional_config``, which travels to every process and
-enters the compile hash: ``{"kv_policy": SPEC}``, and ``{"kv_policy_capture": SETTINGS}`` beside
-it where requests are recorded.
+enters the compile hash: ``{"kv_policy": SPEC}``, and beside it ``{"kv_policy_capture":
+SETTINGS}`` where requests are recorded and ``{"kv_policy_log": true}`` where each is logged.
 """
 
 from pathlib import Path
@@ -23,6 +23,9 @@ KEY = "kv_policy"
 CAPTURE_KEY = "kv_policy_capture"
 """Key of a capture's settings in `additional_config`, of a request's wish in `extra_args`."""
 
+LOG_KEY = "kv_policy_log"
+"""Key in `additional_config`: whether every finished request gets a line in the log."""
+
 WORKER = "kvpolicy_vllm.worker.PolicyWorker"
 """The worker class that knows requests by id."""
 
@@ -38,11 +41,11 @@ def configured_policy(vllm_config: "VllmConfig | None") -> CachePolicy | None:
             capture has no policy.
     """
     settings = _settings(vllm_config)
-    known = (KEY, CAPTURE_KEY)
+    known = (KEY, CAPTURE_KEY, LOG_KEY)
     unknown = [key for key in settings if key.startswith(KEY) and key not in known]
     if unknown:
         raise PolicyError(
-            f"unknown setting {unknown[0]!r}; the settings are called {' and '.join(known)}"
+            f"unknown setting {unknown[0]!r}; the settings are called {', '.join(known)}"
         )
     spec = settings.get(KEY)
     if spec is None and settings.get(CAPTURE_KEY) is not None:
@@ -66,6 +69,18 @@ def configured_capture(vllm_config: "VllmConfig") -> Capture | None:
             f"read it: got {settings!r}; or use engine_args(SPEC, capture=...)"
         )
     return Capture.of(settings)
+
+
+def logs_requests(vllm_config: "VllmConfig") -> bool:
+    """Whether every finished request gets a line in vLLM's log.
+
+    Raises:
+        PolicyError: The setting is neither true nor false.
+    """
+    value = _settings(vllm_config).get(LOG_KEY, False)
+    if not isinstance(value, bool):
+        raise PolicyError(f"{LOG_KEY} must be true or false, got {value!r}")
+    return value
 
 
 def _settings(vllm_config: "VllmConfig | None") -> dict[str, Any]:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from vllm.v1.sample.logits_processor.interface import BatchUpdate
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+    from kvpolicy_vllm.metrics import Meter
     from kvpolicy_vllm.plan import Row
     from kvpolicy_vllm.recorder import Recorder
     from kvpolicy_vllm.recording import RecordedRow
@@ -53,6 +54,7 @@ class Engine:
         runner: vLLM's model runner, which knows the requests; None where the engine was
             configured without `kvpolicy_vllm.worker`.
         recorder: Writes requests to traces; None where nothing is captured.
+        meter: Its figures for ``/metrics``; None where nobody looks.
     """
 
     policy: CachePolicy
@@ -63,6 +65,7 @@ class Engine:
     scratch: Scratch = field(default_factory=Scratch)
     runner: "GPUModelRunner | None" = None
     recorder: "Recorder | None" = None
+    meter: "Meter | None" = None
     _allotments: dict[CachePolicy, Allotment] = field(default_factory=dict)
 
     @classmethod
@@ -101,6 +104,13 @@ class Engine:
         for request_id in request_ids:
             if request_id in self.book.accounts:
                 self.book.close(request_id, self.blocks_of(request_id))
+
+    def show(self) -> None:
+        """Bring the figures of running requests up to date, if it is time."""
+        meter, book = self.meter, self.book
+        if meter is None or not meter.is_due(len(book.accounts)):
+            return
+        meter.show(book.running({name: len(self.blocks_of(name)) for name in book.accounts}))
 
     def meet(self, request_id: str, params: "SamplingParams | None") -> None:
         """Decide about recording a request that runs for the first time."""

@@ -5,13 +5,14 @@ engine from Python or the command line leaves the policy here. Worker processes 
 """
 
 from kvpolicy import CachePolicy
+from kvpolicy_vllm.metrics import expose
 
 _server: list[CachePolicy] = []
 _recorded: list[bool] = []
 
 
 def announce(policy: CachePolicy, *, is_recorded: bool = False) -> None:
-    """Remember the policy of the engine that this process is about to start.
+    """Remember the policy of the engine that this process is about to start, and await figures.
 
     Args:
         policy: The policy.
@@ -19,6 +20,7 @@ def announce(policy: CachePolicy, *, is_recorded: bool = False) -> None:
     """
     _server[:] = [policy]
     _recorded[:] = [is_recorded]
+    expose()
 
 
 def server_policy() -> CachePolicy | None:

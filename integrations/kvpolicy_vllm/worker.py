@@ -5,11 +5,18 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from kvpolicy_vllm import requestlog
 from kvpolicy_vllm.book import external_id
-from kvpolicy_vllm.config import check_engine, configured_capture, configured_policy
+from kvpolicy_vllm.config import (
+    check_engine,
+    configured_capture,
+    configured_policy,
+    logs_requests,
+)
 from kvpolicy_vllm.dispatch import forget_choice
 from kvpolicy_vllm.engine import Engine
 from kvpolicy_vllm.header import header_of
+from kvpolicy_vllm.metrics import Meter
 from kvpolicy_vllm.recorder import Recorder
 
 if TYPE_CHECKING:
@@ -25,6 +32,7 @@ class PolicyWorker(CPUWorker):
         policy = configured_policy(vllm_config)
         if policy is not None:
             check_engine(vllm_config, policy)
+            logs_requests(vllm_config)
             capture = configured_capture(vllm_config)
             if capture is not None:
                 capture.make_directory()
@@ -32,11 +40,18 @@ class PolicyWorker(CPUWorker):
         super().__init__(vllm_config, *args, **kwargs)
 
     def init_device(self) -> None:
-        """Introduce the model runner to the engine."""
+        """Introduce the model runner to the engine, and observers to its book."""
         super().init_device()
         engine = Engine.find(self.vllm_config)
-        if engine is not None:
-            engine.runner = self.model_runner
+        if engine is None:
+            return
+        engine.runner = self.model_runner
+        if logs_requests(self.vllm_config):
+            engine.book.observers.append(requestlog.log)
+        engine.meter = Meter.of(self.vllm_config)
+        if engine.meter is not None:
+            engine.meter.begin(engine.policy)
+            engine.book.observers.append(engine.meter.count)
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the model, and get ready to record what the configuration asks for."""
@@ -56,13 +71,16 @@ class PolicyWorker(CPUWorker):
                 engine.recorder.finish(scheduler_output.finished_req_ids)
             for new in scheduler_output.scheduled_new_reqs:
                 engine.meet(new.req_id, new.sampling_params)
+            engine.show()
         return super().execute_model(scheduler_output)
 
     def shutdown(self) -> None:
-        """Complete the traces of requests that run no further."""
+        """Complete the traces of requests that run no further, and withdraw their figures."""
         engine = Engine.find(self.vllm_config)
         if engine is not None and engine.recorder is not None:
             engine.recorder.close()
+        if engine is not None and engine.meter is not None:
+            engine.meter.close()
         super().shutdown()
 
     def kvpolicy_ledger(self) -> dict[str, Any]:
