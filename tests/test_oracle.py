@@ -282,7 +282,9 @@ def test_refuses_a_host_that_is_not_near_a_tie(spec: str, host: tuple[int, ...],
         "h2o:budget=4,sinks=3",
         "tova:budget=4,group_pool=max",
         "h2o:budget=4,score=best",
-        "h2o:budget=4,prefill=bulk",
+        "h2o:budget=4,prefill=whole",
+        "h2o:budget=4,prefill=bulk,protect=prompt",
+        "bswa:block=2,segments=1,prefill=bulk",
     ],
 )
 def test_parse_refuses_what_the_definition_refuses(text: str) -> None:

@@ -109,7 +109,8 @@ class LayerOracle:
     With `theta` it takes un-rotated queries and keys and rotates them itself, by
     position (rope=keep) or by rank among the visible slots (rope=reindex). Without,
     they are used as given; `rotated_by` is then the base by which they were rotated, for
-    memories, which need them un-rotated. `scale` defaults to 1 / sqrt(D).
+    memories, which need them un-rotated. `scale` defaults to 1 / sqrt(D). The first `prompt`
+    tokens are the prompt, which only prefill=bulk and protect=prompt set apart.
     """
 
     spec: Spec
@@ -118,6 +119,7 @@ class LayerOracle:
     theta: float | None = None
     rotated_by: float | None = None
     given: Given = field(default_factory=Given)
+    prompt: int = 0
     memory: Memory | None = field(default=None, init=False)
     num_tokens: int = field(default=0, init=False)
     near_ties: int = field(default=0, init=False)
@@ -192,7 +194,7 @@ class LayerOracle:
     def _queries(self, q: Array) -> list[Query]:
         """The newest token's queries [H, D], per KV head."""
         position = self.num_tokens - 1
-        evicted = position - token_slots(position, self.spec)
+        evicted = position - token_slots(position, self.spec, self.prompt)
         raw, rotated = self._raw_and_rotated(q, position)
         groups = (x.reshape(len(self.keys), -1, x.shape[-1]) for x in (raw, rotated))
         return [Query(*pair, position, evicted) for pair in zip(*groups, strict=True)]
@@ -275,10 +277,13 @@ class LayerOracle:
         is_protected |= self.positions >= self.num_tokens - self.spec.recent
         for start, stop in self.spec.protect:
             is_protected |= (self.positions >= start) & (self.positions < stop)
+        if self.spec.keeps_prompt:
+            is_protected |= self.positions < self.prompt
         return is_protected
 
     def _evict(self, theirs: list[set[int]] | None) -> None:
-        num_evicted = self.positions.shape[1] - token_slots(self.num_tokens, self.spec)
+        kept = token_slots(self.num_tokens, self.spec, self.prompt)
+        num_evicted = self.positions.shape[1] - kept
         if num_evicted:
             self._keep(self._decide(num_evicted, theirs))
         elif theirs is not None:
@@ -358,6 +363,7 @@ def replay_layer(
     theta: float | None = None,
     rotated_by: float | None = None,
     given: Given | None = None,
+    prompt: int = 0,
     host_retained: Sequence[Sequence[Sequence[int]] | None] | None = None,
 ) -> LayerRun:
     """Run one sequence through one layer, token by token.
@@ -372,11 +378,12 @@ def replay_layer(
         theta: RoPE base, if q and k are still un-rotated.
         rotated_by: RoPE base by which q and k were rotated, for policies with a memory.
         given: parameters and weights that a memory needs.
+        prompt: tokens of the prompt.
         host_retained: per token, the host's sets to follow at near-ties, or None.
     """
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     spec = parse(spec) if isinstance(spec, str) else spec
-    oracle = LayerOracle(spec, layer, scale, theta, rotated_by, given or Given())
+    oracle = LayerOracle(spec, layer, scale, theta, rotated_by, given or Given(), prompt)
     outputs: list[Array] = []
     retained: list[Retained] = []
     for t in range(q.shape[1]):

@@ -109,10 +109,15 @@ class ModelOracle:
         model: a transformers causal LM of one of `FAMILIES`, with default RoPE.
         spec: the policy of every layer.
         parameters: tensors of the file that the spec names, if it names one.
+        prompt: tokens of the prompt, for prefill=bulk and protect=prompt.
     """
 
     def __init__(
-        self, model: Any, spec: Spec | str, parameters: Mapping[str, Array] | None = None
+        self,
+        model: Any,
+        spec: Spec | str,
+        parameters: Mapping[str, Array] | None = None,
+        prompt: int = 0,
     ) -> None:
         config, decoder = model.config, model.model
         check_is_supported(config)
@@ -126,7 +131,9 @@ class ModelOracle:
         needs_rows = spec.level == "model" and spec.has_memory
         rows = first_rows(decoders, mean, spec, theta) if needs_rows else [None] * len(decoders)
         self.layers = [
-            DecoderLayer(layer, LayerOracle(spec, layer=index, theta=theta, given=given))
+            DecoderLayer(
+                layer, LayerOracle(spec, layer=index, theta=theta, given=given, prompt=prompt)
+            )
             for index, layer in enumerate(decoders)
             for given in [Given(parameters or {}, layer, rows[index])]
         ]

@@ -21,6 +21,8 @@ class Spec:
     budget: int | None = None
     interval: int = 1
     state_slots: int = 0
+    prefill: str = "stream"
+    keeps_prompt: bool = False
     sinks: int = 0
     recent: int = 0
     protect: tuple[tuple[int, int], ...] = ()
@@ -85,7 +87,7 @@ CHOICES = {
     "group_pool": {"mean", "max", "sum"},
     "score": {"sum", "mean", "relative"},
     "rope": {"keep", "reindex"},
-    "prefill": {"stream"},
+    "prefill": {"stream", "bulk"},
     "fn": {"mean", "max", "most-used", "conv", "attention"},
     "bias": {"log", "none"},
     "level": {"kv", "model"},
@@ -101,8 +103,9 @@ def parse(text: str) -> Spec:
     values = DEFAULTS.get(name, {}) | given
     if values.get("scope", "layer") == "layer" and "group_pool" in given:
         raise ValueError(f"{text}: scope=layer is the mean over all query heads; drop group_pool")
-    values.pop("prefill", None)
     values.pop("rope_beyond", None)
+    if values.get("protect") == "prompt":
+        values |= {"protect": (), "keeps_prompt": True}
     if name == "full":
         return Spec(name=name, **values)
     if name in ("bswa", "fam", "infini"):
@@ -175,16 +178,31 @@ def _checked(spec: Spec) -> Spec:
         raise ValueError(f"budget and interval are at least 1: got {spec}")
     if spec.name == "sinks" and spec.budget <= spec.sinks:
         raise ValueError(f"budget must exceed sinks: got {spec}")
+    if spec.keeps_prompt and spec.prefill == "bulk":
+        raise ValueError(f"bulk evicts the prompt that protect=prompt keeps: got {spec}")
+    if (in_blocks or spec.has_memory) and (spec.keeps_prompt or spec.prefill == "bulk"):
+        raise ValueError(f"blocks and groups leave no prompt apart: got {spec}")
     if len(pinned) + spec.recent > tokens:
         raise ValueError(f"more protected tokens than budget: got {spec}")
     return spec
 
 
-def token_slots(num_tokens: int, spec: Spec) -> int:
-    """Token slots held after `num_tokens` tokens: the occupancy law."""
+def token_slots(num_tokens: int, spec: Spec, prompt: int = 0) -> int:
+    """Token slots held after `num_tokens` tokens, `prompt` of them a prompt: the occupancy law."""
     if spec.budget is None:
         return num_tokens
     kept = spec.budget - spec.state_slots
-    if num_tokens < kept + spec.interval:
+    if spec.keeps_prompt:
+        generated = max(0, num_tokens - prompt)
+        return num_tokens - generated + _sawtooth(generated, kept, spec.interval)
+    if spec.prefill == "bulk" and prompt > kept:
+        if num_tokens < prompt:
+            return num_tokens
+        return kept + (num_tokens - prompt) % spec.interval
+    return _sawtooth(num_tokens, kept, spec.interval)
+
+
+def _sawtooth(num_tokens: int, kept: int, interval: int) -> int:
+    if num_tokens < kept + interval:
         return num_tokens
-    return kept + (num_tokens - kept) % spec.interval
+    return kept + (num_tokens - kept) % interval
