@@ -5,6 +5,7 @@ D head dimension. Logits and weights are float32 whatever the cache's dtype.
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -63,7 +64,7 @@ class AttentionLayer:
 
     @cached_property
     def occupancy(self) -> Occupancy:
-        """The policy's occupancy law."""
+        """The policy's occupancy law; the prompt of a row settles it (`Slots.laws`)."""
         return self.policy.occupancy
 
     @property
@@ -77,19 +78,23 @@ class AttentionLayer:
         policy = self.policy
         return policy if isinstance(policy, MemoryPolicy) and policy.has_memory else None
 
-    def new_slots(self, q: Tensor, k: Tensor, v: Tensor) -> Slots:
+    def new_slots(
+        self, q: Tensor, k: Tensor, v: Tensor, prompts: Sequence[int] | None = None
+    ) -> Slots:
         """Storage of rows that have seen nothing, for inputs of these shapes.
 
         Args:
             q: [B, H, ..., D].
             k: [B, H_kv, ..., D].
             v: [B, H_kv, ..., D].
+            prompts: Tokens of each row's prompt; None if no row has a prompt.
 
         Raises:
             UnsupportedError: The host gave no rotary embedding, or no weights where needed.
             PolicyError: The policy's parameters do not fit the model.
         """
         slots, policy = Slots.empty(k, v), self.memory_policy
+        slots.prompts = slots.prompts if prompts is None else list(prompts)
         if policy is None:
             return slots
         if policy.needs_decoder and self.decoder is None:
@@ -221,10 +226,20 @@ class AttentionLayer:
         accumulated: Tensor | None,
         keys: Tensor | None = None,
         values: Tensor | None = None,
+        prompts: Sequence[int] | None = None,
     ) -> View:
-        """Show the policy one moment: what it declared in `needs`, and no more."""
+        """Show the policy one moment: what it declared in `needs`, and no more.
+
+        Under ``protect=prompt`` the slots of the rows' `prompts` are not the policy's business:
+        they are attended, but not shown as valid.
+        """
         policy = self.eviction
         assert policy is not None, "only policies that evict look at slots"
+        if policy.keeps_prompt:
+            assert prompts is not None, "protect=prompt needs to know the prompts"
+            first = torch.tensor(prompts, device=positions.device)
+            valid = valid & (positions >= first[:, None, None])
+            weights = None if weights is None else weights.where(valid, 0.0)
         heads = torch.arange(positions.shape[1], device=positions.device)
         return View(
             positions=positions,

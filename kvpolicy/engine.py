@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvpolicy.attention import AttentionLayer, weighted_values
 from kvpolicy.memory.state import Memory
+from kvpolicy.occupancy import Occupancy
 from kvpolicy.selection import select_victims
 from kvpolicy.slots import Slots, survivors
 
@@ -32,7 +33,8 @@ def step(layer: AttentionLayer, slots: Slots, q: Tensor, k: Tensor, v: Tensor) -
     Returns:
         [B, H, D] in the dtype of q.
     """
-    evicted = [layer.occupancy.evicted(n) for n in slots.tokens]
+    laws = slots.laws(layer.occupancy)
+    evicted = [law.evicted(n) for law, n in zip(laws, slots.tokens, strict=True)]
     tokens = [n + 1 for n in slots.tokens]
     visible = [slot + 1 for slot in slots.append(k, v, layer.occupancy)]
     held = max(visible)
@@ -53,17 +55,28 @@ def step(layer: AttentionLayer, slots: Slots, q: Tensor, k: Tensor, v: Tensor) -
         now = _Moment(tokens, visible, valid, pooled, q, lse)
         accumulated = _observe(layer, slots, now)
         memory = _reflect(layer, slots, now)
-        due = [row for row, n in enumerate(tokens) if layer.occupancy.is_due(n)]
-        kept = _evict(layer, slots, now, due, accumulated, memory) if due else None
+        kept = [
+            (rows, _evict(layer, slots, now, rows, surplus, accumulated, memory))
+            for rows, surplus in due_together(laws, tokens)
+        ]
 
         slots.tokens = tokens
         if pooled is not None:
             slots.accumulated[:, :, :held] = accumulated
         if memory is not slots.memory:
             slots.memory = memory
-        if kept is not None:
-            slots.put_rows(due, kept, layer.occupancy.token_capacity)
+        for rows, part in kept:
+            slots.put_rows(rows, part, layer.occupancy)
     return output[:, :, 0].to(q.dtype)
+
+
+def due_together(laws: list[Occupancy], tokens: list[int]) -> list[tuple[list[int], int]]:
+    """Rows that evict after these many tokens, by slots held, with the slots that each drops."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for row, (law, n) in enumerate(zip(laws, tokens, strict=True)):
+        if surplus := law.surplus(n):
+            groups.setdefault((law.held(n), surplus), []).append(row)
+    return [(rows, surplus) for (_, surplus), rows in groups.items()]
 
 
 def _attend(
@@ -128,6 +141,7 @@ def _observe(layer: AttentionLayer, slots: Slots, now: _Moment) -> Tensor:
             accumulated=before,
             keys=slots.keys[:, :, :held],
             values=slots.values[:, :, :held],
+            prompts=slots.prompts,
         )
         return policy.observe(view)
     if layer.accumulates:
@@ -166,10 +180,11 @@ def _evict(
     slots: Slots,
     now: _Moment,
     rows: list[int],
+    surplus: int,
     accumulated: Tensor,
     memory: Memory | None,
 ) -> Slots:
-    """What the rows that are due keep; before the eviction they all hold `capacity` slots."""
+    """What rows keep that hold equally many slots and drop `surplus` of them."""
     policy, held = layer.eviction, now.visible[rows[0]]
     assert policy is not None, "only policies that evict are ever due"
     part = slots.rows(rows, held)
@@ -185,8 +200,8 @@ def _evict(
         accumulated=part.accumulated,
         keys=part.keys,
         values=part.values,
+        prompts=part.prompts,
     )
-    surplus = layer.occupancy.interval
     victims = select_victims(policy, view, surplus)
     kept = part.keep(survivors(victims, held, surplus))
     if memory is not None and layer.memory_policy is not None:

@@ -29,7 +29,7 @@ def extend(layer: AttentionLayer, slots: Slots, q: Tensor, k: Tensor, v: Tensor)
 
     Args:
         layer: The attention layer and its policy.
-        slots: State of the rows, all with the same `tokens`; changed in place.
+        slots: State of the rows, all with the same `tokens` and law; changed in place.
         q: [B, H, Q, D] queries.
         k: [B, H_kv, Q, D] keys, rotated at the tokens' positions.
         v: [B, H_kv, Q, D] values.
@@ -46,7 +46,7 @@ def extend(layer: AttentionLayer, slots: Slots, q: Tensor, k: Tensor, v: Tensor)
         block = Block(layer, state, *parts)
         outputs.append(block.run())
         state = block.kept()
-    slots.put_rows(list(range(q.shape[0])), state, layer.occupancy.token_capacity)
+    slots.put_rows(list(range(q.shape[0])), state, layer.occupancy)
     return torch.cat(outputs, dim=2).to(q.dtype)
 
 
@@ -76,6 +76,7 @@ class Block:
 
     Attributes:
         layer: The attention layer and its policy.
+        law: The rows' occupancy law.
         seen: Tokens of each row before the block.
         size: Tokens of the block, Q.
         columns: Candidates; their `death` says what was evicted when, once `run` has returned.
@@ -87,6 +88,8 @@ class Block:
         self, layer: AttentionLayer, slots: Slots, q: Tensor, k: Tensor, v: Tensor
     ) -> None:
         self.layer, self.slots, self.q = layer, slots, q
+        self.law, *others = set(slots.laws(layer.occupancy))
+        assert not others, "rows of one call have one law: prompts of one length, if it matters"
         self.seen = slots.tokens[0]
         self.size = q.shape[2]
         self.columns = self._join(k, v)
@@ -108,7 +111,7 @@ class Block:
         """What is held after the block."""
         columns = self.columns.slots
         columns.memory = self.memory
-        total, held = columns.capacity, self.layer.occupancy.held(self.seen + self.size)
+        total, held = columns.capacity, self.law.held(self.seen + self.size)
         if held == total:
             return columns
         dead = self.columns.death <= self.size
@@ -116,7 +119,7 @@ class Block:
 
     def _join(self, k: Tensor, v: Tensor) -> Columns:
         """Lay the block's tokens beside the held slots."""
-        slots, held = self.slots, self.layer.occupancy.held(self.seen)
+        slots, held = self.slots, self.law.held(self.seen)
         batch, kv_heads = k.shape[:2]
         positions = torch.arange(self.seen, self.seen + self.size, device=k.device)
         fresh = positions.expand(batch, kv_heads, -1)
@@ -130,6 +133,7 @@ class Block:
             ),
             tokens=[self.seen + self.size] * batch,
             evicted=slots.evicted,
+            prompts=slots.prompts,
         )
         birth = (torch.arange(held + self.size, device=k.device) - held).clamp(min=0)
         death = torch.full_like(joined.positions, self.size + 1)
@@ -138,7 +142,7 @@ class Block:
     def _evicted_before(self) -> Tensor:
         """Tokens evicted before each query; [Q]."""
         counts = torch.arange(self.seen, self.seen + self.size, device=self.q.device)
-        return self.layer.occupancy.evicted(counts)
+        return self.law.evicted(counts)
 
     def _segments(self) -> list[tuple[int, int, bool]]:
         """Split the block where slots or memory change: (first, last, evict after last)."""
@@ -146,7 +150,7 @@ class Block:
         first = 0
         policy = self.layer.memory_policy
         while first < self.size:
-            due = self.layer.occupancy.next_due(self.seen + first)
+            due = self.law.next_due(self.seen + first)
             boundary = None if policy is None else policy.next_boundary(self.seen + first)
             ends = [end - self.seen for end in (due, boundary) if end is not None]
             last = min([self.size, *ends])
@@ -215,7 +219,7 @@ class Block:
         policy = self.layer.memory_policy
         assert policy is not None, "it has a memory"
         victims = self.columns.death == last
-        count = self.layer.occupancy.interval
+        count = self.law.surplus(self.seen + last)
         return policy.absorb(memory, self._passage(victims, count, last, query, lse))
 
     def _passage(
@@ -250,7 +254,7 @@ class Block:
     def _visible_counts(self, first: int, last: int) -> Tensor:
         """Slots seen by each query: one more than held before it; [Q]."""
         counts = torch.arange(self.seen + first, self.seen + last, device=self.q.device)
-        return self.layer.occupancy.held(counts) + 1
+        return self.law.held(counts) + 1
 
     def _observe_each(self, first: int, pooled: Tensor) -> None:
         """Show a policy with its own `observe` every token of a segment."""
@@ -264,7 +268,8 @@ class Block:
         """Evict after the block's first `last` tokens."""
         policy = self.layer.eviction
         assert policy is not None, "only policies that evict are ever due"
-        victims = select_victims(policy, self._view(last, pooled), self.layer.occupancy.interval)
+        surplus = self.law.surplus(self.seen + last)
+        victims = select_victims(policy, self._view(last, pooled), surplus)
         self.columns.death.masked_fill_(victims, last)
 
     def _view(self, last: int, pooled: Tensor | None) -> View:
@@ -275,9 +280,10 @@ class Block:
             positions=columns.positions,
             valid=self.columns.visible(last - 1, last)[:, :, 0],
             n=n,
-            visible=self.layer.occupancy.held(n - 1) + 1,
+            visible=self.law.held(n - 1) + 1,
             weights=pooled,
             accumulated=columns.accumulated,
             keys=columns.keys,
             values=columns.values,
+            prompts=columns.prompts,
         )

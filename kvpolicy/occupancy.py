@@ -72,6 +72,14 @@ class Occupancy:
         tokens = self.token_capacity
         return None if tokens is None else tokens + self.state_slots
 
+    def limit(self, n: int) -> int | None:
+        """Most token slots occupied from n tokens on; None when unbounded."""
+        if self.token_capacity is None:
+            return None
+        assert not self.needs_prompt, "of_prompt settles the law"
+        prompt = self.prompt_tokens or 0
+        return max(prompt, self.token_capacity) if n < prompt else self.token_capacity
+
     def evicted(self, n: Any) -> Any:
         """Tokens evicted once n tokens were processed (int or integer tensor)."""
         if self.retained is None:

@@ -5,16 +5,19 @@ policy, fed token by token or in chunks, alone or in a batch.
 """
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kvpolicy.attention import AttentionLayer
-from kvpolicy.engine import step
+from kvpolicy.engine import due_together, step
 from kvpolicy.lookahead import extend
+from kvpolicy.occupancy import Occupancy
 from kvpolicy.policy import CachePolicy, EvictionPolicy, View
 from kvpolicy.rotary import Rotary
 from kvpolicy.selection import protected
@@ -37,6 +40,7 @@ class Case:
         group: Query heads per KV head.
         layer: Index of the layer.
         seed: Of the random queries, keys and values.
+        prompts: Tokens of the rows' prompts; rows without one stream everything.
     """
 
     lengths: tuple[int, ...] = (24, 17)
@@ -45,6 +49,15 @@ class Case:
     group: int = 2
     layer: int = 0
     seed: int = 0
+    prompts: tuple[int, ...] = ()
+
+    def prompt(self, index: int) -> int:
+        """Tokens of a row's prompt; it may go on behind the row's last token."""
+        return self.prompts[index] if index < len(self.prompts) else 0
+
+    def alone(self, index: int) -> "Case":
+        """Give the case of one of the rows."""
+        return replace(self, lengths=(self.lengths[index],), prompts=(self.prompt(index),))
 
     def rows(self) -> "list[Row]":
         """Draw the rows' inputs; a row depends on the seed and its index only."""
@@ -78,12 +91,13 @@ class Row(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """One eviction: what the policy saw and answered, and which row of that is meant."""
+    """One eviction: what the policy saw and answered, which row is meant, how much it dropped."""
 
     policy: EvictionPolicy
     view: View
     scores: Tensor
     row: int
+    surplus: int
 
 
 @dataclass
@@ -189,7 +203,8 @@ class Host:
         )
         some_keys = torch.stack([row.k[:, 0] for row in rows])
         some_queries = torch.stack([row.q[:, 0] for row in rows])
-        self.slots = self.layer.new_slots(some_queries, some_keys, some_keys)
+        prompts = [case.prompt(index) for index in range(len(rows))]
+        self.slots = self.layer.new_slots(some_queries, some_keys, some_keys, prompts)
         self.run = Run([row.q[:, :0] for row in rows], [{} for _ in rows])
 
     def step(self, rows: list[int]) -> None:
@@ -198,8 +213,8 @@ class Host:
         inputs = [Row(*(x[:, n] for x in self.rows[i])) for i, n in self._reached(rows)]
         output = step(self.layer, slots, *map(torch.stack, zip(*inputs, strict=True)))
         self._put(rows, slots)
-        due = [i for i, n in self._reached(rows) if self.layer.occupancy.is_due(n)]
-        self._record(rows, output[:, :, None], due)
+        due = due_together(slots.laws(self.layer.occupancy), slots.tokens)
+        self._record(rows, output[:, :, None], [[rows[i] for i in group] for group, _ in due])
 
     def extend(self, row: int, size: int) -> None:
         """Process the next tokens of a row at once."""
@@ -207,17 +222,21 @@ class Host:
         n = slots.tokens[0]
         output = extend(self.layer, slots, *(x[None, :, n : n + size] for x in self.rows[row]))
         self._put([row], slots)
-        self._record([row], output, [row])
+        self._record([row], output, repeat([row]))
 
     def is_done(self, row: int) -> bool:
         """Whether a row has no tokens left."""
         return self.slots.tokens[row] == self.rows[row].length
 
+    def law(self, row: int) -> Occupancy:
+        """A row's occupancy law."""
+        return self.slots.laws(self.layer.occupancy)[row]
+
     def state(self) -> State:
         """Copy what the slots hold."""
         slots = self.slots
         held = [
-            x[row, :, : self.layer.occupancy.held(n)].clone()
+            x[row, :, : self.law(row).held(n)].clone()
             for row, n in enumerate(slots.tokens)
             for x in (slots.keys, slots.values, slots.positions, slots.accumulated)
         ]
@@ -235,20 +254,22 @@ class Host:
 
     def _put(self, rows: list[int], slots: Slots) -> None:
         if slots is not self.slots:
-            self.slots.put_rows(rows, slots, self.layer.occupancy.token_capacity)
+            self.slots.put_rows(rows, slots, self.layer.occupancy)
 
-    def _record(self, rows: list[int], output: Tensor, due: list[int]) -> None:
+    def _record(self, rows: list[int], output: Tensor, due: Iterable[list[int]]) -> None:
+        """Write down what rows gave, hold, and decided: of each question, its `due` rows."""
         for index, row in enumerate(rows):
             self.run.outputs[row] = torch.cat([self.run.outputs[row], output[index]], dim=1)
             n = self.slots.tokens[row]
-            held = self.slots.positions[row, :, : self.layer.occupancy.held(n)]
+            held = self.slots.positions[row, :, : self.law(row).held(n)]
             self.run.retained[row][n] = tuple(map(tuple, held.sort(dim=-1).values.tolist()))
         policy = self.layer.eviction
-        for view, scores in self.notes.take():
+        for (view, scores), asking in zip(self.notes.take(), due, strict=False):
             assert policy is not None, "it was asked"
-            for index, row in enumerate(due):
-                made = Decision(policy, view, scores, index)
-                self.run.decisions[row, int(view.n[index])] = made
+            for index, row in enumerate(asking):
+                n = int(view.n[index])
+                made = Decision(policy, view, scores, index, self.law(row).surplus(n))
+                self.run.decisions[row, n] = made
 
 
 def by_steps(
@@ -294,7 +315,7 @@ def margin(made: Decision) -> float:
     if made.policy.scope_is_layer:
         scores = scores.mean(dim=0, keepdim=True).expand_as(scores)
     free = (made.view.valid & ~protected(made.policy, made.view))[made.row]
-    surplus, gaps = made.policy.occupancy.interval, [math.inf]
+    surplus, gaps = made.surplus, [math.inf]
     for head in range(len(scores)):
         ranked = scores[head][free[head]].sort().values.tolist()
         if len(ranked) > surplus:

@@ -19,7 +19,8 @@ _GROWTH = 64
 class Slots:
     """Keys, values and per-slot policy state of B requests in one layer.
 
-    Slot s of row b is held when s < held(tokens[b]); all KV heads of a row hold equally many.
+    Slot s of row b is held when s < held(tokens[b]) by the row's own law, which its prompt
+    settles; all KV heads of a row hold equally many.
 
     Attributes:
         keys: [B, H_kv, C, D], as the host cached them.
@@ -28,6 +29,8 @@ class Slots:
         accumulated: [B, H_kv, C] float32, the policy's statistic of the slot.
         tokens: Tokens seen, per row.
         evicted: Tokens dropped so far, per row, counted where storage lets go of them.
+        prompts: Tokens of each row's prompt, for laws that set prompts apart; 0 where a row
+            has none and all its tokens stream.
         memory: What the policy keeps beside tokens; None if nothing.
     """
 
@@ -37,11 +40,13 @@ class Slots:
     accumulated: Tensor
     tokens: list[int]
     evicted: list[int] = field(default_factory=list)
+    prompts: list[int] = field(default_factory=list)
     memory: Memory | None = None
 
     def __post_init__(self) -> None:
         """Count from zero unless told otherwise."""
         self.evicted = self.evicted or [0] * len(self.tokens)
+        self.prompts = self.prompts or [0] * len(self.tokens)
 
     @classmethod
     def empty(cls, like_keys: Tensor, like_values: Tensor) -> "Slots":
@@ -69,6 +74,15 @@ class Slots:
         beside = 0 if self.memory is None else self.memory.num_bytes
         return beside + sum(t.numel() * t.element_size() for t in tensors)
 
+    def laws(self, occupancy: Occupancy) -> list[Occupancy]:
+        """Each row's law, settled by its prompt."""
+        return [occupancy.of_prompt(prompt) for prompt in self.prompts]
+
+    def limit(self, occupancy: Occupancy) -> int | None:
+        """Most slots that a row will occupy from now on; None when unbounded."""
+        limits = [law.limit(n) for law, n in zip(self.laws(occupancy), self.tokens, strict=True)]
+        return max((limit for limit in limits if limit is not None), default=None)
+
     def reserve(self, num_slots: int, limit: int | None) -> None:
         """Make room for `num_slots` slots per row, growing in steps up to `limit`."""
         if num_slots <= self.capacity:
@@ -90,11 +104,18 @@ class Slots:
             accumulated=self.accumulated[index, :, :num_slots],
             tokens=[self.tokens[row] for row in rows],
             evicted=[self.evicted[row] for row in rows],
+            prompts=[self.prompts[row] for row in rows],
             memory=None if self.memory is None else self.memory.rows(index),
         )
 
-    def put_rows(self, rows: list[int], part: "Slots", limit: int | None) -> None:
-        """Write back rows taken with `rows`, whatever number of slots they now have."""
+    def put_rows(self, rows: list[int], part: "Slots", occupancy: Occupancy) -> None:
+        """Write back rows taken with `rows`, whatever number of slots they now have.
+
+        Storage that only a prompt needed is given back once no row is within its prompt.
+        """
+        for row, *counts in zip(rows, part.tokens, part.evicted, part.prompts, strict=True):
+            self.tokens[row], self.evicted[row], self.prompts[row] = counts
+        limit = self.limit(occupancy)
         self.reserve(part.capacity, limit)
         every_row = rows == list(range(len(self.tokens)))
         index = slice(None) if every_row else torch.tensor(rows, device=self.keys.device)
@@ -102,16 +123,18 @@ class Slots:
             getattr(self, name)[index, :, : part.capacity] = getattr(part, name)
         if self.memory is not None and part.memory is not None:
             self.memory.put_rows(index, part.memory)
-        for row, tokens, evicted in zip(rows, part.tokens, part.evicted, strict=True):
-            self.tokens[row], self.evicted[row] = tokens, evicted
+        if limit is not None and self.capacity > limit:
+            for name in ("keys", "values", "positions", "accumulated"):
+                setattr(self, name, getattr(self, name)[:, :, :limit].clone())
 
     def append(self, keys: Tensor, values: Tensor, occupancy: Occupancy) -> list[int]:
         """Write one token per row, [B, H_kv, D], into its next slot; return the slots.
 
         `tokens` is left to the caller, who counts the token once it was attended.
         """
-        slots = [occupancy.held(n) for n in self.tokens]
-        self.reserve(max(slots) + 1, occupancy.token_capacity)
+        laws = zip(self.laws(occupancy), self.tokens, strict=True)
+        slots = [law.held(n) for law, n in laws]
+        self.reserve(max(slots) + 1, self.limit(occupancy))
         device = self.keys.device
         if len(set(slots)) == 1:
             row, slot = slice(None), slots[0]  # a plain copy, several times as fast
@@ -134,6 +157,7 @@ class Slots:
             accumulated=self.accumulated.gather(2, kept),
             tokens=list(self.tokens),
             evicted=[count + self.capacity - kept.shape[-1] for count in self.evicted],
+            prompts=list(self.prompts),
             memory=self.memory,
         )
 

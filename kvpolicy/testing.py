@@ -123,11 +123,14 @@ def holds_what_the_law_says(policy: CachePolicy, case: Case) -> None:
         _require(law.retained + law.state_slots <= most, f"the law keeps more than budget={most}")
     run = reference(policy, case)
     for index, retained in enumerate(run.retained):
+        prompt = case.prompt(index)
+        beside, bulk = (prompt if law.prompts == mode else 0 for mode in ("keep", "bulk"))
         held = 0
         for n in sorted(retained):
             held += 1
-            if law.retained is not None and held == law.retained + law.interval:
-                held = law.retained
+            if law.retained is not None and n >= bulk and held >= law.retained + beside:
+                over = n == bulk or held == law.retained + beside + law.interval
+                held = law.retained + beside if over else held
             counts = {len(positions) for positions in retained[n]}
             _require(
                 counts == {held}, f"row {index} holds {counts} slots after {n} tokens, not {held}"
@@ -135,7 +138,7 @@ def holds_what_the_law_says(policy: CachePolicy, case: Case) -> None:
 
 
 def keeps_what_is_protected(policy: CachePolicy, case: Case) -> None:
-    """Sinks, recent tokens and pinned spans are held after every token."""
+    """Sinks, recent tokens, pinned spans and a kept prompt are held after every token."""
     if not isinstance(policy, EvictionPolicy):
         return
     run = reference(policy, case)
@@ -143,6 +146,7 @@ def keeps_what_is_protected(policy: CachePolicy, case: Case) -> None:
         for n, kept in retained.items():
             wanted = {*range(policy.sink_slots), *range(max(0, n - policy.recent_slots), n)}
             wanted.update(*(range(*span) for span in policy.spans))
+            wanted.update(range(case.prompt(index) if policy.keeps_prompt else 0))
             wanted &= {*range(n)}
             for head, positions in enumerate(kept):
                 lost = sorted(wanted - {*positions})
@@ -188,7 +192,7 @@ def rows_do_not_interact(policy: CachePolicy, case: Case) -> None:
     """A row alone equals the same row in a batch of unequal lengths."""
     batch = reference(policy, case)
     for index, row in enumerate(case.rows()):
-        alone = by_steps(policy, case, [row])
+        alone = by_steps(policy, case.alone(index), [row])
         _require_same(alone, batch.row(index), f"as row {index} of a batch")
 
 
@@ -288,8 +292,9 @@ def a_failure_changes_nothing(policy: CachePolicy, case: Case) -> None:
 
 def attends_densely_within_its_budget(policy: CachePolicy, case: Case) -> None:
     """As long as nothing has been evicted, outputs are those of causal attention."""
-    run, first_eviction = reference(policy, case), policy.occupancy.next_due(0)
+    run = reference(policy, case)
     for index, row in enumerate(case.rows()):
+        first_eviction = policy.occupancy.of_prompt(case.prompt(index)).next_due(0)
         length = row.length if first_eviction is None else min(row.length, first_eviction)
         expected = _causal_attention(row.first(length))
         error = (run.outputs[index][:, :length] - expected).abs().max().item()
@@ -398,6 +403,7 @@ def situations(policy: CachePolicy) -> "SearchStrategy[tuple[CachePolicy, Case]]
         first = draw(st.integers(1, longest) | st.integers(capacity, longest))
         # Rows of which one is longer by whole intervals evict in the same steps.
         others = st.integers(1, longest) | st.sampled_from([first, first + law.interval])
+        prompts = st.lists(st.integers(0, longest), max_size=3).map(tuple)
         case = st.builds(
             Case,
             lengths=st.lists(others, min_size=1, max_size=2).map(lambda found: (first, *found)),
@@ -406,6 +412,7 @@ def situations(policy: CachePolicy) -> "SearchStrategy[tuple[CachePolicy, Case]]
             group=st.integers(1, 3),
             layer=st.integers(0, 3),
             seed=st.integers(0, 999),
+            prompts=st.just(()) if law.prompts == "stream" else prompts,
         )
         return variant, draw(case)
 

@@ -1,6 +1,7 @@
 """What hypothesis draws in the tests of the core: policies, specs, laws, scores, problems."""
 
 import math
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import torch
@@ -70,6 +71,16 @@ HOSTILE_SPECS = st.one_of(
 
 
 @st.composite
+def prompt_specs(draw: st.DrawFn) -> str:
+    """Draw a spec of a policy that evicts token by token and sets prompts apart."""
+    name = draw(st.sampled_from(["window", "sinks", "h2o", "tova", "random"]))
+    parts = [f"budget={draw(st.integers(6, 12))}", f"interval={draw(st.integers(1, 15))}"]
+    parts.append(draw(st.sampled_from(_PROMPTS)))
+    parts += draw(_OWN_KEYS[name])
+    return f"{name}:{','.join(parts)}"
+
+
+@st.composite
 def attended_specs(draw: st.DrawFn, names: tuple[str, ...] = ()) -> str:
     """Draw a spec of any built-in policy that evicts, with small numbers."""
     name = draw(st.sampled_from(names or ("window", "sinks", "h2o", "tova", "random", "bswa")))
@@ -113,6 +124,7 @@ def _spec(name: str) -> st.SearchStrategy[str]:
     )
 
 
+_PROMPTS = ["prefill=bulk", "prefill=bulk,protect=(3:4)", "protect=prompt"]
 _PROTECTED = {"sinks": [1, 2], "recent": [0, 1, 3, 0.25, 0.4]}
 _OWN_KEYS = {
     "window": _keys(),
@@ -223,6 +235,13 @@ def choices(draw: st.DrawFn) -> Choice:
 
 
 # --- attention --------------------------------------------------------------------------------
+
+
+@st.composite
+def prompted_cases(draw: st.DrawFn, *, rows: int = 2, longest: int = 40) -> Case:
+    """Draw a batch of requests with prompts of unequal lengths, some of them still growing."""
+    prompts = st.lists(st.integers(0, longest), min_size=rows, max_size=rows)
+    return replace(draw(cases(rows=rows, longest=longest)), prompts=tuple(draw(prompts)))
 
 
 @st.composite

@@ -227,7 +227,7 @@ class PolicyLayer(CacheLayerMixin):
             new = (x[rows, :, columns].transpose(1, 2) for x in (q, k, v))  # [rows, H, T, D]
             output[rows, :, columns] = extend(self.attention, parts[-1], *new).transpose(1, 2)
         for group, part in zip(chunk.groups, parts, strict=True):
-            slots.put_rows(group.rows, part, self.attention.occupancy.token_capacity)
+            slots.put_rows(group.rows, part, self.attention.occupancy)
         return output
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
