@@ -71,7 +71,8 @@ def _lost(view: View) -> Tensor:
 def lowest(scores: Tensor, positions: Tensor, candidates: Tensor, count: int) -> Tensor:
     """Mark the `count` lowest-scored candidates of each row and head.
 
-    Equal scores: the lowest position goes first.
+    Equal scores: the lowest position goes first. NaN ranks above every number. Takes O(S): what
+    counts is the highest score that goes, and the order of slots only where that score is shared.
 
     Args:
         scores: [B, H_kv, S], any real dtype.
@@ -79,9 +80,29 @@ def lowest(scores: Tensor, positions: Tensor, candidates: Tensor, count: int) ->
         candidates: [B, H_kv, S] bool, at least `count` of them per row and head.
         count: How many to mark.
     """
-    by_position = positions.argsort(dim=-1)
-    by_score = scores.gather(-1, by_position).argsort(dim=-1, stable=True)
-    order = by_position.gather(-1, by_score)  # [B, H_kv, S], worst slot first
-    eligible = candidates.gather(-1, order)
-    marked = eligible & (eligible.cumsum(-1) <= count)
-    return torch.zeros_like(candidates).scatter(-1, order, marked)
+    if count == 0:
+        return torch.zeros_like(candidates)
+    ranks = scores.to(torch.uint8) if scores.dtype == torch.bool else scores
+    ranks = ranks.masked_fill(~candidates, _last(ranks.dtype))
+    limit = _nth_lowest(ranks, count)
+    below, tied = ranks < limit, (ranks == limit) & candidates
+    is_lost = limit.isnan()  # fewer than `count` candidates have numbers
+    if bool(is_lost.any()):
+        below = below | (is_lost & ~ranks.isnan())
+        tied = tied | (is_lost & ranks.isnan() & candidates)
+    marked = below | tied
+    if bool((marked.sum(-1) == count).all()):
+        return marked
+    ends = torch.iinfo(torch.int64)
+    order = positions.masked_fill(~tied, ends.max).masked_fill_(below, ends.min)
+    return marked & (order <= _nth_lowest(order, count))
+
+
+def _nth_lowest(x: Tensor, n: int) -> Tensor:
+    """The n-th lowest number of each row and head, [B, H_kv, 1]; NaN is the highest."""
+    return x.topk(n, dim=-1, largest=False, sorted=False).values.amax(dim=-1, keepdim=True)
+
+
+def _last(dtype: torch.dtype) -> float | int:
+    """What no score ranks above."""
+    return torch.nan if dtype.is_floating_point else torch.iinfo(dtype).max

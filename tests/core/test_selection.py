@@ -26,6 +26,17 @@ def sorted_out(choice: Choice) -> Tensor:
     return marked
 
 
+def first_in_order(choice: Choice) -> Tensor:
+    """Mark victims by sorting every slot by score and position."""
+    scores, positions, candidates, count = choice
+    by_position = positions.argsort(dim=-1)
+    by_score = scores.gather(-1, by_position).argsort(dim=-1, stable=True)
+    order = by_position.gather(-1, by_score)
+    eligible = candidates.gather(-1, order)
+    marked = eligible & (eligible.cumsum(-1) <= count)
+    return torch.zeros_like(candidates).scatter(-1, order, marked)
+
+
 def a_view(positions: list[int], n: int, **shown: Tensor) -> View:
     """Show one row and head."""
     at = torch.tensor([[positions]])
@@ -60,6 +71,36 @@ class Scripted(EvictionPolicy):
 def test_lowest_scores_go_and_ties_go_by_position(choice: Choice) -> None:
     """Proves the one total order for every dtype, infinities and -0.0 included."""
     assert torch.equal(lowest(*choice), sorted_out(choice))
+
+
+@given(choice=choices())
+def test_selecting_equals_sorting(choice: Choice) -> None:
+    """Proves that looking for the highest score that goes marks what sorting all slots marks."""
+    assert torch.equal(lowest(*choice), first_in_order(choice))
+
+
+@pytest.mark.parametrize("num_values", [1, 3, 10**6])
+@pytest.mark.parametrize("slots", [1088, 8704])
+def test_long_rows_are_selected_as_sorted(slots: int, num_values: int) -> None:
+    """Proves the same at a server's sizes, where many, some or no scores are equal."""
+    shape = (2, 4, slots)
+    choice = Choice(
+        scores=torch.randint(num_values, shape).float(),
+        positions=torch.rand(shape).argsort(-1) * 3,
+        candidates=torch.rand(shape) < 0.9,
+        count=slots // 17,
+    )
+    assert torch.equal(lowest(*choice), first_in_order(choice))
+
+
+def test_nan_goes_last_of_the_candidates() -> None:
+    """Proves that a broken row loses exact counts too: numbers first, then NaN by position."""
+    scores = torch.tensor([[[torch.nan, torch.inf, torch.nan, 1.0, -torch.inf]]])
+    positions = torch.tensor([[[9, 2, 1, 3, 0]]])
+    candidates = torch.tensor([[[True, True, True, True, False]]])
+    gone = [lowest(scores, positions, candidates, count) for count in range(5)]
+    order = [[], [3], [1, 3], [1, 2, 3], [0, 1, 2, 3]]
+    assert [marked[0, 0].nonzero().flatten().tolist() for marked in gone] == order
 
 
 @given(choice=choices())
