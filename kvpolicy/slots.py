@@ -123,7 +123,7 @@ class Slots:
             getattr(self, name)[index, :, : part.capacity] = getattr(part, name)
         if self.memory is not None and part.memory is not None:
             self.memory.put_rows(index, part.memory)
-        if limit is not None and self.capacity > limit:
+        if occupancy.prompts != "stream" and limit is not None and self.capacity > limit:
             for name in ("keys", "values", "positions", "accumulated"):
                 setattr(self, name, getattr(self, name)[:, :, :limit].clone())
 

@@ -202,3 +202,13 @@ def test_long_chunks_walk_many_blocks() -> None:
             oracle = replay_layer(spec, *row)
             assert chunked.retained[index][row.length] == oracle.retained[-1]
             np.testing.assert_allclose(chunked.outputs[index].numpy(), oracle.outputs, atol=2e-5)
+
+
+def test_storage_of_a_host_keeps_its_size() -> None:
+    """Proves that a copy of whole blocks, with slots past the law's, comes back as whole blocks."""
+    layer = AttentionLayer(kvpolicy.parse("h2o:budget=7,interval=3"), 0, scale=0.5)
+    slots = Slots.empty(torch.zeros(1, 1, 4), torch.zeros(1, 1, 4))
+    slots.reserve(16, limit=None)
+    room = slots.capacity
+    extend(layer, slots, *(torch.randn(1, 1, 20, 4) for _ in range(3)))
+    assert slots.capacity == room > layer.occupancy.token_capacity
