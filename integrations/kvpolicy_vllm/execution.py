@@ -18,7 +18,7 @@ from kvpolicy.slots import Slots
 from kvpolicy_vllm.kernel import Kernel
 from kvpolicy_vllm.memory import PagedMemory
 from kvpolicy_vllm.pages import Cells, Pages, put_rows, rows_of
-from kvpolicy_vllm.plan import Decision, InPlace, Placement, Row, Walk
+from kvpolicy_vllm.plan import MAX_READ, Decision, InPlace, Placement, Row, Walk
 
 _MAX_LOGITS = 1 << 22
 """Query-key products held at once while attention is recorded."""
@@ -85,8 +85,8 @@ def decide(decision: Decision, layer: AttentionLayer, pages: Pages, query: Tenso
         weights = _weights(decision, layer, pages, query)
         if layer.accumulates:
             _accumulate(decision, layer, pages, weights)
-    if decision.due:
-        _evict(decision, layer, pages, weights)
+    for due in _parts(decision):
+        _evict(decision, due, layer, pages, weights)
     post_time(decision.rows, perf_counter() - begin)
 
 
@@ -130,9 +130,23 @@ def _accumulate(decision: Decision, layer: AttentionLayer, pages: Pages, weights
     put_rows(pages.accumulated, decision.blocks, after)
 
 
-def _evict(decision: Decision, layer: AttentionLayer, pages: Pages, weights: Tensor | None) -> None:
-    """Choose the victims of the rows that are due and fill the holes they leave."""
-    due = torch.tensor(decision.due)
+def _parts(decision: Decision) -> list[list[int]]:
+    """The rows that are due, no more at once than may have their keys or values copied."""
+    due, step = decision.due, len(decision.due)
+    if due and {"keys", "values"} & set(decision.policy.needs):
+        step = max(1, MAX_READ // int(decision.visible[due[0]]))
+    return [due[first : first + step] for first in range(0, len(due), step or 1)]
+
+
+def _evict(
+    decision: Decision,
+    rows: list[int],
+    layer: AttentionLayer,
+    pages: Pages,
+    weights: Tensor | None,
+) -> None:
+    """Choose the victims of rows that are due and fill the holes they leave."""
+    due, needs = torch.tensor(rows), decision.policy.needs
     blocks, capacity = decision.blocks[due], int(decision.visible[due[0]])
     positions = rows_of(pages.positions, blocks, capacity).long()
     view = layer.view(
@@ -141,12 +155,14 @@ def _evict(decision: Decision, layer: AttentionLayer, pages: Pages, weights: Ten
         n=decision.totals[due],
         visible=decision.visible[due],
         weights=None if weights is None else weights[due][..., :capacity],
-        accumulated=rows_of(pages.accumulated, blocks, capacity),
+        accumulated=rows_of(pages.accumulated, blocks, capacity) if layer.accumulates else None,
+        keys=pages.read_keys(blocks)[:, :, :capacity] if "keys" in needs else None,
+        values=pages.read_values(blocks)[:, :, :capacity] if "values" in needs else None,
     )
     surplus = layer.occupancy.interval
     victims = select_victims(decision.policy, view, surplus)
     fill_holes(pages, blocks, victims, capacity - surplus)
-    for row, dropped in zip(decision.due, victims.sum(dim=(1, 2)).tolist(), strict=True):
+    for row, dropped in zip(rows, victims.sum(dim=(1, 2)).tolist(), strict=True):
         decision.rows[row].account.evicted_cells += dropped
 
 

@@ -1,9 +1,9 @@
 """Plans one forward: which rows are attended in place, which are walked, who evicts.
 
 The plan is made once per step and shared by all layers. A row is attended in place by vLLM's
-own kernel when no eviction falls inside its tokens: all decoding rows, and prompts of
-policies without feedback up to the next eviction. Other rows are walked by the core's
-look-ahead over a dense copy of their slots.
+own kernel when no eviction falls inside its tokens and no weights but the newest token's
+matter: all decoding rows, and prompts up to the next eviction where nothing accumulates. Other
+rows are walked by the core's look-ahead over a dense copy of their slots.
 
 Rows with a memory are walked wherever the memory changes, and over prompts. Between two
 evictions a decoding row only reads it: memory slots in one softmax with the tokens, without
@@ -23,7 +23,7 @@ from kvpolicy.policies.infini import Infini
 from kvpolicy_vllm.allotment import Allotment, memory_policy
 from kvpolicy_vllm.book import Account
 
-_MAX_READ = 1 << 14
+MAX_READ = 1 << 14
 """Slots of rows whose keys and values are copied together, to be read."""
 
 NULL_BLOCK = 0
@@ -93,13 +93,13 @@ class Row:
             return False
         if not isinstance(policy, EvictionPolicy):
             return True
-        if {"keys", "values"} & set(policy.needs) or policy.observes_every_token:
+        if policy.observes_every_token:
             return False
         if policy.rope == "reindex" and policy.occupancy.evicted(self.total - 1) > 0:
             return False
         if self.memory is not None:
             return self._only_reads(self.memory)
-        return self.num_tokens == 1 or not policy.needs
+        return self.num_tokens == 1 or "accumulated" not in policy.needs
 
     def _only_reads(self, memory: MemoryPolicy) -> bool:
         """Whether the row reads a memory that was written before and does not change."""
@@ -362,7 +362,7 @@ def _recollections(rows: list[Row], block_table: Tensor, block_size: int) -> lis
     parts: list[Recollection] = []
     for policy, members in groups.items():
         most = max(row.law.state_slots + row.visible for row in members)
-        step = max(1, _MAX_READ // most)
+        step = max(1, MAX_READ // most)
         chunks = (members[first : first + step] for first in range(0, len(members), step))
         parts += [_recollection(policy, rows, block_table, block_size) for rows in chunks]
     return parts

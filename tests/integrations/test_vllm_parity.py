@@ -13,6 +13,7 @@ from fixtures.engines import (
     start_engine,
 )
 from fixtures.models import certified_prompts, random_llama, random_prompt, save_model
+from kvpolicy_vllm import backend, execution
 
 pytestmark = pytest.mark.vllm
 
@@ -168,6 +169,7 @@ def test_preemption_and_recompute_change_nothing(path, cases, server, num_blocks
     "spec",
     [
         "fixtures.policies.RowTimesKeyNorm:budget=48,power=0.5",
+        "fixtures.policies.KeyAndValueNorm:budget=48,interval=5",
         "fixtures.policies.FadingMaximum:budget=48,interval=1,fade=0.8",
     ],
 )
@@ -178,6 +180,27 @@ def test_a_custom_policy_by_import_path_equals_transformers(path, model, spec):
     outputs = generate(engine, prompts, NUM_TOKENS)
     for ids, output in zip(prompts, outputs, strict=True):
         assert_equals_reference(engine, output, reference(model, spec, ids, NUM_TOKENS))
+
+
+def test_what_a_policy_needs_at_evictions_is_read_then(path, model, monkeypatch):
+    """Decoding rows are not copied for keys and values, and few rows at once where they are due."""
+    walked: list[int] = []
+    original = backend.walk
+
+    def walk(part, *args):
+        walked.append(part.tokens.shape[1])
+        return original(part, *args)
+
+    monkeypatch.setattr(backend, "walk", walk)
+    monkeypatch.setattr(execution, "MAX_READ", 2 * 53)
+    spec = "fixtures.policies.KeyAndValueNorm:budget=48,interval=5"
+    engine = start_engine(path, spec, max_num_batched_tokens=32)
+    prompts = [random_prompt(model, 63, seed=seed) for seed in range(5)]
+    outputs = generate(engine, prompts, NUM_TOKENS)
+    for ids, output in zip(prompts, outputs, strict=True):
+        assert_equals_reference(engine, output, reference(model, spec, ids, NUM_TOKENS))
+    assert walked, "prompts with evictions inside are walked"
+    assert 1 not in walked
 
 
 def test_bfloat16_stays_within_its_rounding(path, model):
