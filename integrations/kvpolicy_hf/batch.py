@@ -4,18 +4,18 @@ Padding has no position and no slot. The rows of a left-padded batch differ in l
 chunk of new columns is split into groups of rows that the core can advance together.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from kvpolicy import KVPolicyError, UnsupportedError
+from kvpolicy import KVPolicyError, PolicyError, UnsupportedError
 
 
 @dataclass(frozen=True)
 class Group:
-    """Rows that have seen equally many tokens and get equally many.
+    """Rows with equal prompts that have seen equally many tokens and get equally many.
 
     Attributes:
         rows: Their indices in the batch.
@@ -33,12 +33,14 @@ class Chunk:
     Attributes:
         num_columns: Columns, padding included.
         new_tokens: Real tokens per row.
+        prompts: Tokens of each row's prompt; 0 where the policy does not set prompts apart.
         groups: Rows in lockstep; None if all rows advance together, by every column: one
-            column, whatever their lengths, or several at equal lengths.
+            column, whatever their lengths, or several at equal lengths and prompts.
     """
 
     num_columns: int
     new_tokens: list[int]
+    prompts: list[int]
     groups: list[Group] | None
 
     def columns(self) -> Iterator[tuple[int, list[int]]]:
@@ -59,6 +61,11 @@ class Batch:
         num_layers: Layers that every forward visits in order.
         limit: Most tokens per row that the model's positions allow; None: any number.
         policy: The policy's spec, for messages.
+        sets_prompts_apart: Whether the policy's law depends on the rows' prompts.
+        prompt_tokens: Tokens of the rows' prompts as the user gave them, of every row or each;
+            None if the first forward is the prompt.
+        prompts: What came of it, per row; empty before the first forward.
+        forwards: Forwards done.
         tokens: Real tokens seen, per row; empty before the first forward.
         columns: Columns seen, padding included: what attention masks are indexed by.
     """
@@ -66,10 +73,23 @@ class Batch:
     num_layers: int
     limit: int | None
     policy: str
+    sets_prompts_apart: bool = False
+    prompt_tokens: int | Sequence[int] | None = None
+    prompts: list[int] = field(default_factory=list)
+    forwards: int = 0
     tokens: list[int] = field(default_factory=list)
     columns: int = 0
     _chunk: Chunk | None = None
     _next_layer: int | None = 0
+
+    def __post_init__(self) -> None:
+        """Refuse prompts of no possible length."""
+        given = self.prompt_tokens
+        counts = list(given) if isinstance(given, Iterable) else [0 if given is None else given]
+        if not all(type(count) is int and count >= 0 for count in counts):
+            raise PolicyError(
+                f"prompt_tokens must be a number of tokens, or one for each row, got {given!r}"
+            )
 
     def begin(self, layer: int, shape: tuple[int, int], mask: Tensor | None) -> Chunk:
         """Say what a layer is to do in this forward; the first layer checks it all.
@@ -123,6 +143,8 @@ class Batch:
             assert chunk is not None, "begin made it"
             seen = self._seen(len(chunk.new_tokens))
             self.tokens = [n + new for n, new in zip(seen, chunk.new_tokens, strict=True)]
+            self.prompts = chunk.prompts
+            self.forwards += 1
             self.columns += chunk.num_columns
             self._chunk = None
 
@@ -131,9 +153,11 @@ class Batch:
         if layer == 0:
             self._chunk, self._next_layer = None, 0
 
-    def reset(self) -> None:
-        """Forget the rows and whatever went wrong with them."""
-        self.tokens, self.columns = [], 0
+    def reset(self, prompt_tokens: int | Sequence[int] | None) -> None:
+        """Forget the rows and whatever went wrong with them; new ones may bring new prompts."""
+        self.prompt_tokens = prompt_tokens
+        self.__post_init__()
+        self.tokens, self.prompts, self.columns, self.forwards = [], [], 0, 0
         self._chunk, self._next_layer = None, 0
 
     def require_turn(self, layer: int) -> None:
@@ -175,13 +199,40 @@ class Batch:
             )
         real = None if mask is None else real_tokens(mask, rows, queries)
         if real is None or bool(real.all()):
-            columns = [list(range(queries))] * rows
-            together = queries == 1 or len(set(seen)) == 1
+            columns, is_padded = [list(range(queries))] * rows, False
         else:
-            columns = [row.nonzero()[:, 0].tolist() for row in real.cpu()]
-            together = False
-        groups = None if together else _groups(seen, columns)
-        return Chunk(queries, [len(row) for row in columns], groups)
+            columns, is_padded = [row.nonzero()[:, 0].tolist() for row in real.cpu()], True
+        new_tokens = [len(row) for row in columns]
+        prompts = self._prompts(queries, new_tokens)
+        in_lockstep = queries == 1 or len(set(zip(seen, prompts, strict=True))) == 1
+        groups = None if in_lockstep and not is_padded else _groups(seen, prompts, columns)
+        return Chunk(queries, new_tokens, prompts, groups)
+
+    def _prompts(self, queries: int, new_tokens: list[int]) -> list[int]:
+        """Tokens of each row's prompt, in a forward of so many columns and real tokens."""
+        given, rows = self.prompt_tokens, len(new_tokens)
+        if not self.sets_prompts_apart:
+            return [0] * rows
+        if given is None:
+            self._require_known_end(queries)
+            return self.prompts or new_tokens
+        prompts = [given] * rows if isinstance(given, int) else list(given)
+        if len(prompts) != rows:
+            raise UnsupportedError(
+                f"{self.policy}: prompt_tokens gives the prompts of {len(prompts)} rows but the "
+                f"forward has {rows}; give one length per row, or one for all"
+            )
+        return prompts
+
+    def _require_known_end(self, queries: int) -> None:
+        """Raise UnsupportedError if the first forward may not have been the whole prompt."""
+        if self.forwards == 1 and queries > 1:
+            raise UnsupportedError(
+                f"{self.policy}: the first forward of a PolicyCache is its prompt, but the second "
+                f"one brings {queries} columns at once, which may be more of the prompt, as under "
+                "prefill_chunk_size, or a new turn; say where the prompt ends with "
+                "PolicyCache(..., prompt_tokens=...)"
+            )
 
     def _require_room(self, chunk: Chunk) -> None:
         seen = self._seen(len(chunk.new_tokens))
@@ -217,12 +268,12 @@ def real_tokens(mask: Tensor, rows: int, queries: int) -> Tensor:
     )
 
 
-def _groups(seen: list[int], columns: list[list[int]]) -> list[Group]:
-    """Collect the rows with tokens by (tokens seen, new tokens)."""
-    groups: dict[tuple[int, int], Group] = {}
-    for row, (before, own) in enumerate(zip(seen, columns, strict=True)):
+def _groups(seen: list[int], prompts: list[int], columns: list[list[int]]) -> list[Group]:
+    """Collect the rows with tokens by (tokens seen, tokens of the prompt, new tokens)."""
+    groups: dict[tuple[int, int, int], Group] = {}
+    for row, (before, prompt, own) in enumerate(zip(seen, prompts, columns, strict=True)):
         if own:
-            group = groups.setdefault((before, len(own)), Group([], []))
+            group = groups.setdefault((before, prompt, len(own)), Group([], []))
             group.rows.append(row)
             group.columns.append(own)
     return list(groups.values())

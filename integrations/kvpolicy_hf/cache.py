@@ -1,6 +1,7 @@
 """`PolicyCache`: a transformers cache whose layers hold what a retention policy keeps."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
@@ -32,16 +33,27 @@ class PolicyCache(Cache):
     left-padded: padding takes no slot and has no position. The model's attention
     implementation becomes ``kvpolicy``, which serves every other cache as before.
 
+    ``prefill=bulk`` and ``protect=prompt`` set the prompt apart. It is the first forward's real
+    tokens, row by row; what comes later is generated, second turns included. A prompt that takes
+    several forwards, as under ``prefill_chunk_size``, needs `prompt_tokens`.
+
     Args:
         model: A model of a tested architecture with full attention.
         policy: A policy or its spec, such as ``"h2o:budget=256"``.
+        prompt_tokens: Real tokens of the prompts, of every row or one number for each; by
+            default what the first forward brings.
 
     Raises:
-        PolicyError: The spec is wrong.
+        PolicyError: The spec is wrong, or `prompt_tokens` is not a length.
         UnsupportedError: The policy cannot be honoured exactly on this model.
     """
 
-    def __init__(self, model: PreTrainedModel, policy: str | CachePolicy) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        policy: str | CachePolicy,
+        prompt_tokens: int | Sequence[int] | None = None,
+    ) -> None:
         self.policy = parse(policy)
         require_supported(model, self.policy)
         self._config = model.config
@@ -50,6 +62,8 @@ class PolicyCache(Cache):
             num_layers=len(modules),
             limit=position_limit(model, self.policy),
             policy=str(self.policy),
+            sets_prompts_apart=self.policy.occupancy.needs_prompt,
+            prompt_tokens=prompt_tokens,
         )
         rotary = rotary_of(model)
         decoders = decoders_of(model, self.policy, rotary)
@@ -89,9 +103,10 @@ class PolicyCache(Cache):
         if not layers:
             return Ledger(str(self.policy), 0, 0, 0, 0, 0, 0, 0, 0, 0.0)
         rows, tokens = len(self._batch.tokens), self._batch.tokens[row]
+        law = self.policy.occupancy.of_prompt(self._batch.prompts[row])
         counts = [slots.evicted[row] for slots in layers]
         # One layer that disagrees is enough to fail the check below.
-        evicted = max(counts, key=lambda n: abs(n - self.policy.occupancy.evicted(tokens)))
+        evicted = max(counts, key=lambda n: abs(n - law.evicted(tokens)))
         bytes_held = sum(slots.num_bytes for slots in layers) // rows
         bytes_full = tokens * sum(_bytes_per_token(slots) for slots in layers)
         seconds = sum(layer.attention.stopwatch.seconds for layer in self._policy_layers)
@@ -100,14 +115,14 @@ class PolicyCache(Cache):
             logical_tokens=tokens,
             retained=tokens - evicted,
             evicted=evicted,
-            slots_held=tokens - evicted + self.policy.occupancy.state_slots,
+            slots_held=tokens - evicted + law.state_slots,
             blocks_held=0,
             bytes_held=bytes_held,
             bytes_saved=bytes_full - bytes_held,
-            evictions=evicted // self.policy.occupancy.interval,
+            evictions=law.evictions(tokens),
             policy_seconds=seconds / rows,
             merged=self._merged(row, evicted),
-        ).check(self.policy.occupancy)
+        ).check(law)
 
     def _merged(self, row: int, evicted: int) -> int | float:
         """Evicted tokens that memories stand for, mean over layers and KV heads."""
@@ -130,10 +145,10 @@ class PolicyCache(Cache):
         held = slots.tokens[row] - slots.evicted[row]
         return slots.positions[row, :, :held].sort(dim=-1).values
 
-    def reset(self) -> None:
-        """Forget all rows and free their storage."""
+    def reset(self, prompt_tokens: int | Sequence[int] | None = None) -> None:
+        """Forget all rows and their prompts, and free their storage; as a new cache."""
         super().reset()
-        self._batch.reset()
+        self._batch.reset(prompt_tokens)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Copy the rows; the copy serves the same model."""
@@ -199,7 +214,9 @@ class PolicyLayer(CacheLayerMixin):
                 self._batch.require_positions(positions)
             # Storage outlives the caller's inference mode, and gradients cannot enter it.
             with torch.inference_mode(False), torch.no_grad():
-                slots = self.attention.new_slots(q, k, v) if self.slots is None else self.slots
+                slots = self.slots
+                if slots is None:
+                    slots = self.attention.new_slots(q, k, v, chunk.prompts)
                 output = self._advance(slots, chunk, q, k, v)
         except BaseException:
             self._batch.fail(index)
@@ -217,12 +234,12 @@ class PolicyLayer(CacheLayerMixin):
             return step(self.attention, slots, q[:, :, 0], k[:, :, 0], v[:, :, 0])[:, :, None]
         if chunk.groups is None:
             return extend(self.attention, slots, q, k, v)
-        output = torch.zeros_like(q)
+        output, laws = torch.zeros_like(q), slots.laws(self.attention.occupancy)
         parts: list[Slots] = []
         for group in chunk.groups:
             rows = torch.tensor(group.rows, device=q.device)[:, None]
             columns = torch.tensor(group.columns, device=q.device)
-            held = self.attention.occupancy.held(slots.tokens[group.rows[0]])
+            held = laws[group.rows[0]].held(slots.tokens[group.rows[0]])
             parts.append(slots.rows(group.rows, held))
             new = (x[rows, :, columns].transpose(1, 2) for x in (q, k, v))  # [rows, H, T, D]
             output[rows, :, columns] = extend(self.attention, parts[-1], *new).transpose(1, 2)

@@ -99,8 +99,6 @@ def _is_reindexed(policy: CachePolicy) -> bool:
 
 def _unsupported_policy(policy: CachePolicy) -> str | None:
     """Say what of the policy this host cannot do."""
-    if policy.occupancy.prompts != "stream":
-        return "prefill=bulk and protect=prompt are not supported here yet; use prefill=stream"
     unknown = sorted(set(policy.needs) - set(NEEDS))
     if unknown:
         return f"it needs {unknown}, and this host shows {NEEDS}; declare needs among these"

@@ -34,7 +34,7 @@ class Host:
 
 
 HOSTS = {
-    "transformers": Host(needs=NEEDS, refuses=(("prefill", "bulk"),)),
+    "transformers": Host(needs=NEEDS, refuses=()),
     "vllm": Host(needs=NEEDS, refuses=(("prefill", "bulk"), ("level", "model"))),
     "simulator": Host(needs=NEEDS, refuses=(("prefill", "bulk"),)),
 }

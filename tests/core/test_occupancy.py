@@ -1,6 +1,8 @@
 """The occupancy law against a count of slots, and its helpers against each other."""
 
+import re
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -165,3 +167,25 @@ def test_law_holds_for_any_length(law: Occupancy, n: int) -> None:
     assert law.retained <= law.held(n) < law.retained + law.interval
     assert (n - law.held(n)) % law.interval == 0
     assert law.next_due(n) - n <= law.interval
+
+
+def test_the_semantics_page_shows_the_law() -> None:
+    """Proves the page's worked example of prompts set apart against the formula."""
+    page = Path(__file__).parents[2] / "docs" / "explanation" / "semantics.md"
+    shown = re.findall(
+        r"^    (prefill=\w+|protect=prompt) +([\d ]+)$", page.read_text("utf-8"), re.MULTILINE
+    )
+    assert len(shown) == 3
+    for mode, numbers in shown:
+        law = parse(f"window:budget=4,interval=3,{mode}").occupancy.of_prompt(6)
+        assert [law.held(n) for n in range(1, 17)] == [int(number) for number in numbers.split()]
+
+
+@given(law=PROMPT_LAWS, prompt=st.integers(0, 60))
+def test_limit_is_the_fullest_moment_to_come(law: Occupancy, prompt: int) -> None:
+    """Proves that storage of `limit` slots suffices from any moment on, and is given back."""
+    law = law.of_prompt(prompt)
+    for n in range(TOKENS):
+        fullest = max(law.held(m) + 1 for m in range(n, n + 100))
+        assert fullest <= law.limit(n)
+    assert law.limit(prompt) == law.token_capacity == law.limit(TOKENS)

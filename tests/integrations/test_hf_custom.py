@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fixtures.models import SMALL_SHAPE, random_llama, random_prompt
-from kvpolicy import PolicyError, UnsupportedError
+from kvpolicy import PolicyError
 from kvpolicy_hf import PolicyCache
 
 SOURCE = '''
@@ -84,5 +84,3 @@ def test_what_cannot_be_imported_is_said(module: str) -> None:
     """Proves a wrong path is a clear error."""
     with pytest.raises(PolicyError, match="cannot import policy"):
         PolicyCache(model(), f"{module}.Missing:budget=16")
-    with pytest.raises(UnsupportedError, match="prefill=bulk"):
-        PolicyCache(model(), f"{module}.LastRow:budget=16,prefill=bulk")

@@ -178,7 +178,7 @@ def test_replaced_attention_is_refused() -> None:
 
 
 SPECS = {
-    "window:budget=8,prefill=bulk": (UnsupportedError, "protect=prompt are not supported here yet"),
+    "window:budget=8,prefill=bulk,protect=prompt": (PolicyError, "drop one of them"),
     "window:budget=0": (PolicyError, "budget and interval must be at least 1"),
     "nothing:budget=8": (PolicyError, "unknown policy 'nothing'; known policies: bswa, centroid"),
 }
