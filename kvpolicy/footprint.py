@@ -207,7 +207,8 @@ class Pool:
 
 def peak_slots(law: Occupancy, tokens: int) -> int:
     """Most slots that a KV head has held once `tokens` tokens were processed."""
-    return law.num_blocks(tokens, 1)
+    of_prompt = min(tokens, law.prompt_tokens or 0)  # a bulk prompt's end may be the peak
+    return max(law.num_blocks(tokens, 1), law.num_blocks(of_prompt, 1))
 
 
 def position_limit(policy: CachePolicy, positions: int | None) -> int | None:

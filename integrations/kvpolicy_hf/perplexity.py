@@ -2,7 +2,8 @@
 
 The text is cut into consecutive windows, each behind the model's first token. A window goes
 through the model as one sequence whose cache evicts as it would one token at a time, so that
-every prediction sees exactly what the policy had retained.
+every prediction sees exactly what the policy had retained. Its first tokens may be a prompt, for
+policies that set prompts apart; then only what follows is scored, under every policy.
 """
 
 import math
@@ -100,6 +101,7 @@ def score_windows(
     windows: Tensor,
     policies: Sequence[CachePolicy],
     advance: Callable[[int], object] = lambda _: None,
+    prompt_tokens: int = 0,
 ) -> list[WindowScores]:
     """Score windows [W, T] under policies; the first one is the reference of the others.
 
@@ -108,21 +110,41 @@ def score_windows(
         windows: Token ids.
         policies: The full cache first.
         advance: Told the tokens of every batch done, per policy.
+        prompt_tokens: First tokens of each window that are its prompt and are not predicted.
 
     Raises:
+        ValueError: A policy sets prompts apart where there are none, or nothing follows them.
         LedgerError: A cache evicted other than its occupancy law demands.
     """
+    _require_prompts(policies, prompt_tokens, windows.shape[1])
+    first = max(prompt_tokens, 1)  # the first prediction, made by the token before
     scores = [WindowScores(policy) for policy in policies]
     for batch in _batches(windows, model.config.vocab_size):
         reference: Tensor | None = None
         for score in scores:
             began = time.perf_counter()
-            logits = _logits(model, batch, score.policy)  # [B, T - 1, V]
+            logits = _logits(model, batch, score.policy, prompt_tokens)  # [B, T - 1, V]
+            logits = logits[:, first - 1 :]
             reference = logits if reference is None else reference
-            _add(score, logits, reference, batch[:, 1:])
+            _add(score, logits, reference, batch[:, first:])
             score.seconds += time.perf_counter() - began
             advance(batch.numel())
     return scores
+
+
+def _require_prompts(policies: Sequence[CachePolicy], prompt_tokens: int, length: int) -> None:
+    """Raise ValueError unless policies find the prompts that they set apart."""
+    if prompt_tokens >= length:
+        raise ValueError(
+            f"a prompt of {prompt_tokens} tokens leaves nothing to predict in windows of {length}; "
+            "give a shorter prompt"
+        )
+    needing = [str(policy) for policy in policies if policy.occupancy.needs_prompt]
+    if needing and not prompt_tokens:
+        raise ValueError(
+            f"{needing[0]} sets the prompt apart, and perplexity has none: a window is one text; "
+            "say how many of its first tokens are the prompt (--prompt-len)"
+        )
 
 
 def _batches(windows: Tensor, vocabulary: int) -> Iterator[Tensor]:
@@ -131,9 +153,11 @@ def _batches(windows: Tensor, vocabulary: int) -> Iterator[Tensor]:
 
 
 @torch.inference_mode()
-def _logits(model: PreTrainedModel, batch: Tensor, policy: CachePolicy) -> Tensor:
+def _logits(
+    model: PreTrainedModel, batch: Tensor, policy: CachePolicy, prompt_tokens: int
+) -> Tensor:
     """Log-probabilities of the next token at every position but the last."""
-    cache = PolicyCache(model, policy)
+    cache = PolicyCache(model, policy, prompt_tokens)
     logits = model(batch, past_key_values=cache, use_cache=True).logits[:, :-1]
     for row in range(batch.shape[0]):
         cache.ledger(row)

@@ -37,6 +37,8 @@ def run(arguments: Sequence[str]) -> int:
     output = Output(options.json, inputs=[options.text])
     checkpoint = _load(options)
     task = _passkey if options.task == "passkey" else _perplexity
+    if options.task == "passkey" and options.prompt_len:
+        parser.error("--prompt-len is for --task ppl; in passkey, all that is asked is the prompt")
     try:
         results = task(options, checkpoint, policies, text, output)
     except ValueError as error:
@@ -48,6 +50,7 @@ def run(arguments: Sequence[str]) -> int:
             "model": options.model or "bundled",
             "task": options.task,
             "context": options.context,
+            "prompt_len": options.prompt_len,
             "seed": options.seed,
             "results": results,
         }
@@ -81,6 +84,13 @@ def _parser() -> argparse.ArgumentParser:
         default=20,
         metavar="N",
         help="most windows of ppl, or prompts of passkey (default: 20)",
+    )
+    parser.add_argument(
+        "--prompt-len",
+        type=positive(),
+        metavar="N",
+        help="ppl: first tokens of each window that are its prompt and are not predicted; what "
+        "prefill=bulk and protect=prompt need (default: none)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the prompts (default: 0)")
     parser.add_argument(
@@ -118,12 +128,14 @@ def _perplexity(
     windows = cut_windows(checkpoint, text, options.context, options.samples)
     with output.progress() as steps:
         advance = steps.begin("perplexity", windows.numel() * len(policies), "tokens")
-        scores = score_windows(checkpoint.model, windows, policies, advance)
-    bytes_of = partial(_bytes_per_request, checkpoint, options.context)
+        prompt = options.prompt_len or 0
+        scores = score_windows(checkpoint.model, windows, policies, advance, prompt)
+    bytes_of = partial(_bytes_per_request, checkpoint, options.context, prompt)
     output.print(_perplexity_table(scores, bytes_of))
     output.print(
-        f"\n{len(windows)} windows of {options.context} tokens; `against full` is the ratio of "
-        "perplexities, two standard errors, paired by window"
+        f"\n{len(windows)} windows of {options.context} tokens"
+        + (f", of which the first {prompt} are the prompt" if prompt else "")
+        + "; `against full` is the ratio of perplexities, two standard errors, paired by window"
     )
     return [
         _result(
@@ -175,7 +187,8 @@ def _passkey(
     with output.progress() as steps:
         advance = steps.begin("passkey", work * len(policies), "tokens")
         scores = score_passkeys(checkpoint.model, questions, policies, pad, advance)
-    bytes_of = partial(_bytes_per_request, checkpoint, options.context)
+    longest = max(len(question.prompt) for question in questions)
+    bytes_of = partial(_bytes_per_request, checkpoint, options.context, longest)
     rows = table("policy", "bytes", "passkey", "found", "tokens/s")
     for score in scores:
         rows.add_row(
@@ -189,6 +202,11 @@ def _passkey(
     output.print(
         f"\n{len(questions)} prompts of {options.context} tokens; the question comes last, so "
         "a policy cannot know what will be asked when it evicts"
+        + (
+            ", unless it evicts behind the prompt (prefill=bulk)"
+            if any(policy.occupancy.prompts == "bulk" for policy in policies)
+            else ""
+        )
     )
     return [
         _result(
@@ -202,7 +220,9 @@ def _passkey(
     ]
 
 
-def _bytes_per_request(checkpoint: Checkpoint, tokens: int, policy: CachePolicy) -> int:
+def _bytes_per_request(
+    checkpoint: Checkpoint, tokens: int, prompt: int, policy: CachePolicy
+) -> int:
     """What a request of so many tokens takes at its fullest moment, memory and state included."""
     config, element_bytes = checkpoint.model.config, checkpoint.model.dtype.itemsize
     heads, head_dim = config.num_key_value_heads, config.head_dim
@@ -215,7 +235,8 @@ def _bytes_per_request(checkpoint: Checkpoint, tokens: int, policy: CachePolicy)
     floats = floats_beside(policy, head_dim, config.num_attention_heads // heads)
     rows = policy.hidden_rows if isinstance(policy, MemoryPolicy) else 0
     hidden = config.num_hidden_layers * rows * config.hidden_size * element_bytes
-    return hidden + layout.dense_bytes(peak_slots(policy.occupancy, tokens), floats)
+    law = policy.occupancy.of_prompt(prompt)
+    return hidden + layout.dense_bytes(peak_slots(law, tokens), floats)
 
 
 def _result(policy: CachePolicy, **measured: Any) -> dict[str, Any]:

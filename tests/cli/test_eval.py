@@ -121,6 +121,46 @@ def test_a_budget_that_is_never_reached_changes_nothing(
     assert h2o["ppl"] == pytest.approx(full["ppl"], rel=1e-5)
 
 
+def test_a_prompt_is_read_densely_and_not_scored(
+    text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only what follows a prompt counts; bulk keeps more of it than stream, but not all."""
+    arguments = ("--text", str(text), "--context", "128", "--prompt-len", "96")
+    specs = [f"h2o:budget=16,{x}" for x in ("prefill=bulk", "prefill=stream", "protect=prompt")]
+    result = evaluate(capsys, "--policy", *specs, "window:budget=32,protect=prompt", *arguments)
+    full, _, _, bulk, stream, kept, whole = result["results"]
+    windows = full["tokens"] // 32
+    assert all(entry["tokens"] == 32 * windows for entry in result["results"])
+    assert 0 < kept["logit_kl"] < bulk["logit_kl"] < stream["logit_kl"]
+    assert whole["ppl"] == pytest.approx(full["ppl"], rel=1e-6)  # all 32 predictions fit
+    slot = 4 * 2 * (2 * 64 * 4 + 12)
+    assert stream["bytes_per_request"] == 17 * slot
+    assert bulk["bytes_per_request"] == 96 * slot
+    assert kept["bytes_per_request"] == (96 + 17) * slot
+    assert result["prompt_len"] == 96
+
+
+def test_scoring_behind_a_prompt_is_scoring_the_end(
+    text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A prompt of one token is the window's first one: the figures are those without a prompt."""
+    arguments = ("--policy", "h2o:budget=16", "--text", str(text), "--context", "64")
+    told, untold = (evaluate(capsys, *arguments, *x) for x in (("--prompt-len", "1"), ()))
+    for one, other in zip(told["results"], untold["results"], strict=True):
+        assert (one["ppl"], one["tokens"]) == (other["ppl"], other["tokens"])
+
+
+def test_passkeys_are_asked_within_the_prompt(capsys: pytest.CaptureFixture[str]) -> None:
+    """The question belongs to the prompt: whoever keeps all prompts answers like the full cache."""
+    specs = ("window:budget=64,protect=prompt", "h2o:budget=64,prefill=bulk", "window:budget=64")
+    arguments = ("--task", "passkey", "--context", "256", "--samples", "8")
+    result = evaluate(capsys, "--policy", *specs, *arguments)
+    full, _, kept, bulk, window = result["results"]
+    assert kept["passkey"] == full["passkey"] == 1.0
+    assert bulk["passkey"] >= window["passkey"]
+    assert window["bytes_per_request"] < bulk["bytes_per_request"] < kept["bytes_per_request"]
+
+
 def test_passkeys_are_scored_exactly_and_repeatably(capsys: pytest.CaptureFixture[str]) -> None:
     """The same seed gives the same answers; the shares are counts over the prompts."""
     arguments = ("--task", "passkey", "--policy", "window:budget=32", "--context", "192")
@@ -165,6 +205,9 @@ def test_text_goes_to_stdout_without_json(text: Path, capsys: pytest.CaptureFixt
         ["--policy", "h2o:budget=64", "--task", "passkey", "--context", "10"],
         ["--policy", "h2o:budget=64", "--model", "no/such/model"],
         ["--policy", "h2o:budget=64,prefill=bulk"],
+        ["--policy", "h2o:budget=64,protect=prompt"],
+        ["--policy", "h2o:budget=64", "--context", "64", "--prompt-len", "64"],
+        ["--policy", "h2o:budget=64", "--task", "passkey", "--prompt-len", "64"],
         ["--policy"],
     ],
 )

@@ -23,7 +23,7 @@ from kvpolicy.footprint import (
 )
 from kvpolicy.rehearsal import HEAD_DIM, Case, Host
 from kvpolicy.slots import Slots
-from strategies import LAWS
+from strategies import LAWS, PROMPT_LAWS
 
 LLAMA_3_8B = Layout(num_layers=32, num_kv_heads=8, head_dim=128, element_bytes=2)
 
@@ -68,6 +68,14 @@ def test_footprint_is_the_laws(law: Occupancy, pool: Pool, tokens: int) -> None:
     assert at.blocks == law.num_blocks(tokens, pool.block_size)
     assert at.bytes == at.blocks * pool.block_bytes
     assert at.dense_bytes == pool.layout.dense_bytes(fullest)
+
+
+@given(law=PROMPT_LAWS, prompt=st.integers(0, 60), tokens=st.integers(1, 120))
+def test_peak_of_a_prompt_set_apart_is_a_count(law: Occupancy, prompt: int, tokens: int) -> None:
+    """Proves that the fullest moment of bulk and kept prompts is found, be it the prompt's end."""
+    law = law.of_prompt(prompt)
+    fullest = max(law.held(n - 1) + 1 for n in range(1, tokens + 1)) + law.state_slots
+    assert peak_slots(law, tokens) == fullest
 
 
 @given(law=ANY_LAW, pool=POOLS, tokens=TOKENS)
