@@ -129,16 +129,17 @@ def context_lengths(text: str) -> tuple[int, ...]:
 
 
 def _require_pages(policy: CachePolicy) -> None:
-    """Refuse policies whose requests vLLM's pages cannot hold."""
+    """Refuse policies whose requests vLLM's pages cannot hold, or hold without a bound."""
     if isinstance(policy, MemoryPolicy) and policy.has_memory and policy.needs_decoder:
         raise UnsupportedError(
             f"{policy}: its memory needs the layers' weights, which vLLM does not give; it runs in "
             "transformers and in the simulator"
         )
-    if policy.occupancy.prompts != "stream":
+    if policy.occupancy.prompts == "keep":
         raise UnsupportedError(
-            f"{policy}: a request's peak depends on its prompt, and no host runs it yet; drop "
-            "prefill=bulk and protect=prompt"
+            f"{policy}: every prompt stays beside the budget, so that no number of requests can be "
+            "promised; drop protect=prompt to plan for what is generated, and plan `full` for "
+            "the prompts"
         )
 
 
@@ -147,6 +148,11 @@ def _setting(options: argparse.Namespace, policies: Sequence[CachePolicy]) -> Se
     dtype, notes = _dtype(options.dtype, facts)
     if options.tensor_parallel > 1:
         notes.append("kvpolicy refuses tensor parallelism in vLLM so far; figures are of one rank")
+    if any(policy.occupancy.prompts == "bulk" for policy in policies):
+        notes.append(
+            "prefill=bulk holds a whole prompt up to its end: figures are of requests that are all "
+            "prompt; behind it budget + interval slots stay"
+        )
     if options.block_size > MAX_BLOCK_SIZE:
         raise PolicyError(
             f"--block-size must be at most {MAX_BLOCK_SIZE:,}; vLLM's are far smaller"

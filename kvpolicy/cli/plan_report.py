@@ -78,6 +78,7 @@ class Row:
 def make_row(setting: Setting, policy: CachePolicy) -> Row:
     """Compute everything about one policy."""
     law, pool = policy.occupancy, setting.pool
+    law = FULL if law.prompts == "bulk" else law  # a request may be all prompt
     limit = position_limit(policy, setting.facts.positions)
     group = setting.facts.num_query_heads // setting.facts.num_kv_heads
     floats = floats_beside(policy, pool.layout.head_dim, group)

@@ -308,6 +308,22 @@ def test_tensor_parallel_splits_heads(model: Path, capsys: pytest.CaptureFixture
     assert "3 tensor-parallel ranks" in line
 
 
+def test_a_bulk_prompt_is_planned_as_it_is_held(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A request that is all prompt costs what it costs under `full`, and the reader is told."""
+    spec = "h2o:budget=64,prefill=bulk"
+    result = plan(capsys, "--model", str(model), "--policy", spec, "--context", "1024,4096")
+    full, *_, bulk = result["results"]
+    assert bulk["policy"] == spec
+    assert bulk["bytes_per_request"] is None
+    different = {"policy", "budget"}
+    assert {key: bulk[key] for key in bulk.keys() - different} == {
+        key: full[key] for key in full.keys() - different
+    }
+    assert any("prefill=bulk holds a whole prompt" in note for note in result["notes"])
+
+
 def test_memory_that_needs_weights_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     """Proves that no blocks are promised for a policy that vLLM does not run."""
     assert main(["plan", "--policy", "fam:block=16,segments=1,level=model"]) == 2
@@ -349,7 +365,7 @@ def test_unfit_model_is_refused_in_one_line(
     [
         ([], "--policy"),
         (["--policy", "h2o:budget=0"], "budget"),
-        (["--policy", "window:budget=64,prefill=bulk"], "drop prefill=bulk"),
+        (["--policy", "window:budget=64,protect=prompt"], "drop protect=prompt"),
         (["--policy", "full", "--model", "no/such/folder"], "nothing is downloaded"),
         (["--policy", "full", "--memory", "24G"], "units B, KiB"),
         (["--policy", "full", "--memory", "-1GiB"], "--memory"),
