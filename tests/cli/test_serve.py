@@ -2,29 +2,18 @@
 
 import argparse
 import json
-import os
-import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import httpx
 import pytest
 
+from fixtures.servers import Server, serving
 from kvpolicy import UnsupportedError, bundled_model
 from kvpolicy.bundled import heldout_text
 from kvpolicy.cli import main
 from kvpolicy.cli.arguments import require_plugin
 from kvpolicy.cli.serve import served_model, split_model
-
-START_SECONDS = 600
-STOP_SECONDS = 60
 
 
 def test_model_is_the_first_argument() -> None:
@@ -95,65 +84,12 @@ def test_policy_survives_other_settings(arguments: list[str]) -> None:
     assert parsed.worker_cls == WORKER
 
 
-@dataclass(frozen=True)
-class Server:
-    """A running server."""
-
-    process: subprocess.Popen[bytes]
-    client: httpx.Client
-    log: Path
-
-    def complete(self, prompt: str, **arguments: Any) -> httpx.Response:
-        """Ask for a greedy completion."""
-        body = {"model": "bundled", "prompt": prompt, "temperature": 0, "max_tokens": 16}
-        return self.client.post("/v1/completions", json=body | arguments)
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Start `kvpolicy serve` on a free port of this machine."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "kvpolicy.cli", "serve", "--kv-policy", "h2o:budget=96"]
-    command += ["--additional-config.of_another_plugin", "1"]  # vLLM reads it last
-    command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "4096"]
-    command += ["--dtype", "float32", "--enforce-eager"]
-    threads = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    environment = {**os.environ, **threads, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    """A server with a setting of another plugin, which vLLM reads last."""
     log = tmp_path_factory.mktemp("server") / "log"
-    with log.open("wb") as stream:
-        process = subprocess.Popen(
-            command,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:
-        running = Server(process, client, log)
-        try:
-            wait_until_ready(running)
-            yield running
-        finally:
-            # The engine's processes too, which a killed front end would leave behind.
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def wait_until_ready(server: Server) -> None:
-    """Poll the server's health until it answers."""
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        if server.process.poll() is not None:
-            break
-        try:
-            if server.client.get("/health").status_code == 200:
-                return
-        except httpx.TransportError:
-            time.sleep(0.5)
-    pytest.fail("the server did not start:\n" + server.log.read_text("utf-8", "replace")[-3000:])
+    with serving("h2o:budget=96", "--additional-config.of_another_plugin", "1", log=log) as running:
+        yield running
 
 
 @pytest.mark.slow
@@ -171,5 +107,4 @@ def test_server_completes_under_policies_and_stops_cleanly(server: Server) -> No
         assert refused.status_code == 400, refused.text
         assert json.loads(refused.text)["error"]["message"]
     assert server.complete(prompt).json()["choices"] == own.json()["choices"]
-    server.process.send_signal(signal.SIGTERM)
-    assert server.process.wait(STOP_SECONDS) == 0
+    assert server.stop() == 0
