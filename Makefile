@@ -19,10 +19,10 @@ PIP_INSTALL := $(BIN)/python -m pip $(PIP_OPTIONS)
 BENCH_PIP_INSTALL := $(BENCH_VENV)/bin/python -m pip $(PIP_OPTIONS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint format bench bench-env clean
+.PHONY: help install demo test test-slow test-prometheus soak lint format bench bench-env clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' Makefile
 
 install: $(VENV)/.installed ## build .venv with vLLM (CPU), transformers and kvpolicy
 
@@ -34,6 +34,16 @@ test: lint ## lint, check types and run the default test suite
 
 test-slow: $(VENV)/.installed ## run the slow tests only
 	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+test-prometheus: $(VENV)/.installed ## let a real Prometheus scrape a server; needs its program
+	@command -v "$${PROMETHEUS:-prometheus}" >/dev/null || { \
+		echo "no prometheus on PATH: install it (Debian, Ubuntu: apt-get install prometheus)," \
+			"or set PROMETHEUS=/path/to/prometheus" >&2; exit 1; }
+	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m pytest -m prometheus tests/cli $(PYTEST_ARGS)
+
+# SOAK_MINUTES=2 shortens it, SOAK_SEED draws other requests, SOAK_JSON says where its report goes.
+soak: $(VENV)/.installed ## keep a server busy for 30 minutes and check every answer
+	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m pytest -s --show-capture=no -m soak tests/soak $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed ## ruff (lint, format) and pyright, changing nothing
 	@$(BIN)/ruff check

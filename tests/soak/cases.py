@@ -1,0 +1,87 @@
+"""What clients of the soak ask for: prompts of very unequal lengths under mixed policies."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+SERVER_POLICY = "h2o:budget=256"
+
+REQUEST_POLICIES = (
+    None,
+    "h2o:budget=64",
+    "window:budget=96",
+    "sinks:budget=128",
+    "tova:budget=64",
+    "random:budget=200,seed=3",
+)
+"""What requests bring; None leaves them to the server's."""
+
+SCORED = ("h2o", "tova")
+"""Policies that decide by attention, so that rounding can change what they retain."""
+
+LENGTHS = {3: 160, 11: 160, 40: 200, 90: 160, 180: 120, 350: 96, 700: 48, 1500: 24, 3000: 16}
+"""Tokens generated, by the prompt's length: short prompts grow, which is what preempts others."""
+
+_WEIGHTS = (6, 6, 8, 8, 8, 6, 4, 2, 1)
+_PROMPTS_PER_LENGTH = 2
+
+BAD_POLICIES = (
+    "window:budget=4096",  # more than the server allots
+    "window",
+    "nope",
+    "h2o:budget=64,rope=reindex",
+    "os.path.Class:budget=8",
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A request's content, which decides its answer.
+
+    Attributes:
+        prompt: Token ids.
+        policy: The spec that it brings; None leaves it to the server's.
+        max_tokens: Tokens generated, never fewer.
+    """
+
+    prompt: tuple[int, ...]
+    policy: str | None
+    max_tokens: int
+
+    @property
+    def spec(self) -> str:
+        """The policy that it runs under."""
+        return self.policy or SERVER_POLICY
+
+    @property
+    def decides_by_attention(self) -> bool:
+        """Whether rounding can change what it retains."""
+        return self.spec.startswith(SCORED)
+
+    def __str__(self) -> str:
+        return f"{len(self.prompt)} tokens ({self.prompt[:4]}...) under {self.spec}"
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """Cases, few enough that each can be repeated alone afterwards."""
+
+    cases: list[Case]
+    weights: list[int]
+
+    @classmethod
+    def of(cls, text: Sequence[int], chance: random.Random) -> "Catalogue":
+        """Cut prompts out of a text's token ids."""
+        cases: list[Case] = []
+        weights: list[int] = []
+        for (length, max_tokens), weight in zip(LENGTHS.items(), _WEIGHTS, strict=True):
+            for _ in range(_PROMPTS_PER_LENGTH):
+                first = chance.randrange(len(text) - length)
+                prompt = tuple(text[first : first + length])
+                cases += [Case(prompt, policy, max_tokens) for policy in REQUEST_POLICIES]
+                weights += [weight] * len(REQUEST_POLICIES)
+        return cls(cases, weights)
+
+    def draw(self, chance: random.Random) -> Case:
+        """Pick a case, long prompts less often."""
+        return chance.choices(self.cases, self.weights)[0]
