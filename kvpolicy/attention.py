@@ -255,24 +255,53 @@ class AttentionLayer:
             layer=self.index,
         )
 
-    def fold(self, accumulated: Tensor, weights: Tensor, visible: Tensor) -> Tensor:
+    def window_ages(self, laws: Sequence[Occupancy], tokens: Sequence[int]) -> Tensor | None:
+        """How far tokens are into the windows that count; None if all tokens count.
+
+        Args:
+            laws: [X] settled laws of the tokens' rows.
+            tokens: [X] number of each token in its row, from 1 on.
+
+        Returns:
+            [X] int64, see `Occupancy.window_age`.
+        """
+        window = None if self.eviction is None else self.eviction.accumulation.window
+        if window is None:
+            return None
+        return torch.tensor(
+            [law.window_age(n, window) for law, n in zip(laws, tokens, strict=True)]
+        )
+
+    def fold(
+        self,
+        accumulated: Tensor,
+        weights: Tensor,
+        visible: Tensor,
+        ages: Tensor | None = None,
+    ) -> Tensor:
         """Fold consecutive attention rows into the slots' statistic.
 
         Args:
             accumulated: [B, H_kv, S] before the first of the rows.
             weights: [B, H_kv, Q, S] pooled rows; zero where a query does not see a slot.
             visible: Slots that each query sees, broadcastable to [B, 1, Q].
+            ages: What `window_ages` says of the queries, broadcastable to [B, 1, Q].
 
         Returns:
             [B, H_kv, S] after the last row.
         """
         assert self.eviction is not None
         rule = self.eviction.accumulation
+        if ages is not None:
+            assert rule.window is not None, "all tokens count without one"
+            ages = ages.to(weights.device)
+            accumulated = accumulated.where(ages[..., :1] > 1, 0.0)
+            weights = weights.where((ages > 0)[..., None], 0.0)
         if rule.decay == 1.0 and not rule.relative:
             return accumulated + weights.sum(dim=2)
         num_rows = weights.shape[2]
-        ages = torch.arange(num_rows - 1, -1, -1, device=weights.device)
-        factors = rule.decay ** ages.float() * (visible if rule.relative else 1)  # [B, 1, Q]
+        later = torch.arange(num_rows - 1, -1, -1, device=weights.device)
+        factors = rule.decay ** later.float() * (visible if rule.relative else 1)  # [B, 1, Q]
         added = (weights * factors[..., None]).sum(dim=2)
         return accumulated * rule.decay**num_rows + added
 

@@ -145,7 +145,9 @@ def _observe(layer: AttentionLayer, slots: Slots, now: _Moment) -> Tensor:
         )
         return policy.observe(view)
     if layer.accumulates:
-        return layer.fold(before, now.pooled[:, :, None], seen.view(-1, 1, 1))
+        ages = layer.window_ages(slots.laws(layer.occupancy), now.tokens)
+        ages = None if ages is None else ages.view(-1, 1, 1)
+        return layer.fold(before, now.pooled[:, :, None], seen.view(-1, 1, 1), ages)
     return before
 
 

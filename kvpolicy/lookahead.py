@@ -238,7 +238,9 @@ class Block:
         elif self.layer.accumulates:
             seen = self._visible_counts(first, last)
             columns = self.columns.slots
-            columns.accumulated = self.layer.fold(columns.accumulated, pooled, seen)
+            tokens = range(self.seen + first + 1, self.seen + last + 1)
+            ages = self.layer.window_ages([self.law] * len(tokens), tokens)
+            columns.accumulated = self.layer.fold(columns.accumulated, pooled, seen, ages)
         if due:
             self._evict(last, pooled[:, :, -1])
 

@@ -113,6 +113,17 @@ class Occupancy:
         first = origin if origin > self.retained else origin + self.interval
         return first if n < first else n + self.interval - (n - origin) % self.interval
 
+    def window_age(self, n: int, window: int) -> int:
+        """How far the n-th token is into the last `window` tokens before the eviction to come.
+
+        It is 1 at the first of them and below 1 before it. A window never reaches back behind
+        the eviction before, so that all its tokens see the same slots.
+        """
+        due = self.next_due(n - 1)
+        assert due is not None, "asked for where something is evicted"
+        before = due - self.interval if due > (self.next_due(0) or 0) else 0
+        return n - max(before, due - window)
+
     def num_blocks(self, n: int, block_size: int) -> int:
         """Blocks of `block_size` slots that a request needs for its first n tokens, rounded up.
 

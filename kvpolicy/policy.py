@@ -78,10 +78,13 @@ class Accumulation:
     Attributes:
         decay: Factor applied before each token's addition (A2SF, arXiv 2407.20485).
         relative: Measure a weight in multiples of the uniform one, 1 / visible slots.
+        window: Only so many tokens before an eviction count, none from before the eviction
+            ahead of it; the statistic starts over with the first of them. None counts all.
     """
 
     decay: float = 1.0
     relative: bool = False
+    window: int | None = None
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -325,23 +328,19 @@ class EvictionPolicy(CachePolicy):
         return type(self).observe is not EvictionPolicy.observe
 
 
-class ScorePolicy(EvictionPolicy):
-    """The easy path for authors: subclass, declare `needs`, write ``score(view)``.
+class GuardedPolicy(EvictionPolicy):
+    """A policy that never evicts its first and its newest tokens.
 
     Attributes:
         sinks: First tokens that are never evicted.
         recent: Newest tokens that are never evicted; a float is a fraction of the budget.
-        scope: ``head`` gives every KV head its own set, ``layer`` one set to all heads.
-        group_pool: Reduction from the query heads of a KV head, for ``scope=head``.
     """
 
     sinks: int = 0
     recent: int | float = 0
-    scope: Literal["head", "layer"] = "head"
-    group_pool: Literal["mean", "max", "sum"] = "mean"
 
     def validate(self) -> None:
-        """Refuse protection that cannot fit and reductions that would be ignored."""
+        """Refuse protection that cannot fit."""
         if self.sinks < 0 or self.recent < 0:
             raise PolicyError(
                 f"{self.label}: sinks and recent must not be negative, got "
@@ -357,11 +356,6 @@ class ScorePolicy(EvictionPolicy):
                 f"{self.label}: budget must exceed sinks, got budget={self.budget}, "
                 f"sinks={self.sinks}; raise budget or lower sinks"
             )
-        if self.scope == "layer" and self.group_pool != "mean":
-            raise PolicyError(
-                f"{self.label}: scope=layer takes the mean over all query heads; "
-                f"drop group_pool={self.group_pool} or use scope=head"
-            )
         super().validate()
 
     @property
@@ -375,6 +369,27 @@ class ScorePolicy(EvictionPolicy):
         if isinstance(self.recent, float):
             return math.floor(self.recent * self.budget)
         return self.recent
+
+
+class ScorePolicy(GuardedPolicy):
+    """The easy path for authors: subclass, declare `needs`, write ``score(view)``.
+
+    Attributes:
+        scope: ``head`` gives every KV head its own set, ``layer`` one set to all heads.
+        group_pool: Reduction from the query heads of a KV head, for ``scope=head``.
+    """
+
+    scope: Literal["head", "layer"] = "head"
+    group_pool: Literal["mean", "max", "sum"] = "mean"
+
+    def validate(self) -> None:
+        """Refuse protection that cannot fit and reductions that would be ignored."""
+        if self.scope == "layer" and self.group_pool != "mean":
+            raise PolicyError(
+                f"{self.label}: scope=layer takes the mean over all query heads; "
+                f"drop group_pool={self.group_pool} or use scope=head"
+            )
+        super().validate()
 
     @property
     def scope_is_layer(self) -> bool:

@@ -73,9 +73,10 @@ HOSTILE_SPECS = st.one_of(
 @st.composite
 def prompt_specs(draw: st.DrawFn) -> str:
     """Draw a spec of a policy that evicts token by token and sets prompts apart."""
-    name = draw(st.sampled_from(["window", "sinks", "h2o", "tova", "random"]))
+    name = draw(st.sampled_from([*_BY_TOKEN, "snapkv"]))
     parts = [f"budget={draw(st.integers(6, 12))}", f"interval={draw(st.integers(1, 15))}"]
-    parts.append(draw(st.sampled_from(_PROMPTS)))
+    if name != "snapkv":  # its prompts are always evicted from in bulk
+        parts.append(draw(st.sampled_from(_PROMPTS)))
     parts += draw(_OWN_KEYS[name])
     return f"{name}:{','.join(parts)}"
 
@@ -83,7 +84,7 @@ def prompt_specs(draw: st.DrawFn) -> str:
 @st.composite
 def attended_specs(draw: st.DrawFn, names: tuple[str, ...] = ()) -> str:
     """Draw a spec of any built-in policy that evicts, with small numbers."""
-    name = draw(st.sampled_from(names or ("window", "sinks", "h2o", "tova", "random", "bswa")))
+    name = draw(st.sampled_from(names or (*_BY_TOKEN, "bswa")))
     if name == "bswa":
         return draw(_spec("bswa"))
     budget = draw(st.integers(6, 12))
@@ -124,12 +125,18 @@ def _spec(name: str) -> st.SearchStrategy[str]:
     )
 
 
+_BY_TOKEN = ("window", "sinks", "h2o", "tova", "random", "knorm", "keydiff")
 _PROMPTS = ["prefill=bulk", "prefill=bulk,protect=(3:4)", "protect=prompt"]
 _PROTECTED = {"sinks": [1, 2], "recent": [0, 1, 3, 0.25, 0.4]}
 _OWN_KEYS = {
     "window": _keys(),
     "sinks": _keys(sinks=[0, 1, 2]),
     "random": _keys(seed=[1, -5, 2**61]),
+    "knorm": _keys(**_PROTECTED),
+    "keydiff": _keys(**_PROTECTED),
+    "snapkv": st.tuples(
+        _keys(window=[1, 3, 4], kernel=[1, 3, 5], required=True), _keys(sinks=[1])
+    ).map(lambda keys: keys[0] + keys[1]),
     "tova": st.one_of(
         _keys(**_PROTECTED),
         _keys(**_PROTECTED, group_pool=["max", "sum"]).map(lambda keys: [*keys, "scope=head"]),

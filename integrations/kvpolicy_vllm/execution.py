@@ -126,7 +126,9 @@ def newest_logits(
 def _accumulate(decision: Decision, layer: AttentionLayer, pages: Pages, weights: Tensor) -> None:
     """Fold the newest tokens' rows into the statistic kept with the slots."""
     before = rows_of(pages.accumulated, decision.blocks, weights.shape[-1])
-    after = layer.fold(before, weights[:, :, None], decision.visible.view(-1, 1, 1))
+    ages = layer.window_ages(*zip(*((row.law, row.total) for row in decision.rows), strict=True))
+    ages = None if ages is None else ages.view(-1, 1, 1)
+    after = layer.fold(before, weights[:, :, None], decision.visible.view(-1, 1, 1), ages)
     put_rows(pages.accumulated, decision.blocks, after)
 
 

@@ -29,6 +29,9 @@ SPECS = [
     "tova:budget=7,interval=3",
     "tova:budget=7,interval=2,scope=head,group_pool=sum",
     "random:budget=7,interval=5",
+    "knorm:budget=7,interval=3,recent=2",
+    "keydiff:budget=7,interval=3,sinks=1",
+    "snapkv:budget=7,interval=3,window=4,kernel=3",
     "fixtures.policies.FadingMaximum:budget=7,interval=3",
     "fixtures.policies.RowTimesKeyNorm:budget=7,interval=3",
 ]
@@ -122,7 +125,7 @@ def test_rows_in_lockstep_equal_rows_alone(spec: str, block: int) -> None:
         single = Slots.empty(row.k[None, :, 0], row.v[None, :, 0])
         alone = extend(layer, single, *(x[None] for x in row))
         torch.testing.assert_close(batch[index], alone[0], rtol=0, atol=2e-5)
-        held = layer.occupancy.held(30)
+        held = layer.occupancy.of_prompt(0).held(30)
         assert torch.equal(
             slots.positions[index, :, :held].sort(-1).values,
             single.positions[0, :, :held].sort(-1).values,

@@ -29,8 +29,14 @@ POLICIES = [
     "h2o:budget=7,interval=2,score=mean,scope=layer",
     "tova:budget=7,interval=9",
     "random:budget=7,interval=5",
+    "knorm:budget=7,interval=3",
+    "keydiff:budget=7,interval=4,sinks=1",
 ]
 SPECS = [f"{spec},{mode}" for spec in POLICIES for mode in ("prefill=bulk", "protect=prompt")]
+SPECS += [
+    "snapkv:budget=7,interval=3,window=5,kernel=3",
+    "snapkv:budget=8,interval=9,window=4,kernel=1,group_pool=max,sinks=1",
+]
 BATCH = Case(lengths=(40, 33, 29), prompts=(22, 15, 5), chunks=(6, 11))
 
 

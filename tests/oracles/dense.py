@@ -124,6 +124,8 @@ class LayerOracle:
     num_tokens: int = field(default=0, init=False)
     near_ties: int = field(default=0, init=False)
     evictions: list[Eviction] = field(default_factory=list, init=False)
+    rows: list[Array] = field(default_factory=list, init=False)
+    """Attention rows [H_kv, S] of the tokens since the last eviction."""
 
     def __post_init__(self) -> None:
         if self.spec.rope == "reindex" and self.theta is None:
@@ -249,6 +251,7 @@ class LayerOracle:
 
     def _observe(self, weights: Array) -> None:
         self.last_row = pool(weights, self.spec)  # [H_kv, S]
+        self.rows.append(self.last_row)
         unit = self.last_row.shape[1] if self.spec.score == "relative" else 1
         self.accumulated = self.accumulated * self.spec.decay + self.last_row * unit
 
@@ -261,12 +264,48 @@ class LayerOracle:
                 return self.accumulated / (self.num_tokens - self.positions)
             case "tova":
                 return self.last_row
+            case "snapkv":
+                return self._votes()
+            case "knorm":
+                return -np.sqrt((self._rotated_keys() ** 2).sum(-1))
+            case "keydiff":
+                keys = self._rotated_keys()
+                directions = keys / np.sqrt((keys**2).sum(-1, keepdims=True))
+                first = self.prompt if self.spec.keeps_prompt else 0
+                seen = self.positions >= first
+                anchor = np.stack(
+                    [
+                        d[s].mean(axis=0, keepdims=True)
+                        for d, s in zip(directions, seen, strict=True)
+                    ]
+                )
+                cosine = (directions * anchor).sum(-1) / np.sqrt((anchor**2).sum(-1))
+                return -cosine
             case "random":
                 rows = enumerate(self.positions.tolist())
                 hashes = [[self._random(head, p) for p in row] for head, row in rows]
                 return np.array(hashes, np.uint64)
             case _:
                 return self.positions
+
+    def _votes(self) -> Array:
+        """Attention given by the last queries since the last eviction, averaged along the text."""
+        rows = self.rows[-self.spec.window :]
+        pooled = np.full(self.positions.shape, np.inf)  # of the window itself, which stays
+        for head, positions in enumerate(self.positions):
+            voted = [s for s, p in enumerate(positions) if p < self.num_tokens - self.spec.window]
+            votes = [sum(row[head, s] for row in rows if s < row.shape[1]) for s in voted]
+            half = self.spec.kernel // 2
+            for i, s in enumerate(voted):
+                near = [votes[j] for j in range(i - half, i + half + 1) if 0 <= j < len(votes)]
+                pooled[head, s] = sum(near) / self.spec.kernel
+        return pooled
+
+    def _rotated_keys(self) -> Array:
+        """Keys as a cache holds them, [H_kv, S, D]."""
+        if self.theta is None:
+            return self.keys
+        return rotate(self.keys, self.positions, self.theta)
 
     def _random(self, kv_head: int, position: int) -> int:
         return random_score(self.spec.seed, self.layer, kv_head, self.num_tokens, position)
@@ -286,6 +325,7 @@ class LayerOracle:
         num_evicted = self.positions.shape[1] - kept
         if num_evicted:
             self._keep(self._decide(num_evicted, theirs))
+            self.rows.clear()
         elif theirs is not None:
             for head, (ours, host) in enumerate(zip(map(set, self.retained), theirs, strict=True)):
                 if ours != host:

@@ -31,6 +31,8 @@ class Spec:
     score: str = "sum"
     decay: float = 1.0
     seed: int = 0
+    window: int = 0
+    kernel: int = 1
     rope: str = "keep"
     rate: int = 1
     fn: str = "mean"
@@ -47,7 +49,7 @@ class Spec:
     @property
     def is_exact(self) -> bool:
         """Whether scores are integers, so that rounding excuses no difference."""
-        return self.name not in ("h2o", "tova")
+        return self.name not in ("h2o", "tova", "snapkv", "knorm", "keydiff")
 
     @property
     def has_memory(self) -> bool:
@@ -64,6 +66,9 @@ KEYS = {
     "sinks": COMMON | {"sinks"},
     "h2o": SCORED | {"score", "decay"},
     "tova": SCORED,
+    "snapkv": (SCORED - {"recent"}) | {"window", "kernel"},
+    "knorm": COMMON | {"sinks", "recent"},
+    "keydiff": COMMON | {"sinks", "recent"},
     "random": COMMON | {"sinks", "recent", "seed"},
     "bswa": UNSCORED | {"block", "segments", "sinks"},
     "compressive": (COMMON - {"protect"})
@@ -75,6 +80,9 @@ KEYS = {
 DEFAULTS: dict[str, dict[str, Any]] = {
     "sinks": {"sinks": 4},
     "h2o": {"recent": 0.5, "scope": "head"},
+    "snapkv": {"scope": "head", "window": 64, "kernel": 5, "prefill": "bulk"},
+    "knorm": {"scope": "head"},
+    "keydiff": {"scope": "head"},
     "random": {"scope": "head"},
     "compressive": {"scope": "head", "rate": 3, "memory": 0.5},
     "centroid": {"scope": "head", "slots": 0.25},
@@ -114,6 +122,8 @@ def parse(text: str) -> Spec:
         raise ValueError(f"{text}: a budget is required")
     budget = values["budget"]
     values["recent"] = _count(values.get("recent", 0), budget)
+    if name == "snapkv":
+        values["recent"] = values["window"]
     values.setdefault("interval", max(1, budget // 16))
     if name == "compressive":
         values["interval"] = -(-values["interval"] // values["rate"]) * values["rate"]
