@@ -6,6 +6,8 @@ A passage of the bundled held-out text goes through the model once; then one KV 
 under each policy, token by token, with the unit vectors as values. So its outputs are its
 attention weights on positions, through memories too, whatever they blend.
 
+The first PROMPT tokens are the prompt of policies that set prompts apart.
+
 Rows are tokens in the order of reading, columns the positions they look at. Blue is attention on
 tokens that are held as they are, orange on what a memory has made of tokens; the darker, the more
 (logarithmic). Pale blue: held, hardly attended. White: gone.
@@ -29,6 +31,7 @@ from kvpolicy_hf.checkpoint import load_checkpoint
 from kvpolicy_sim import capture
 
 TOKENS, LAYER, KV_HEAD = 320, 1, 1
+PROMPT = 224
 FIRST = 200
 """Where in the held-out text the passage begins, in tokens."""
 
@@ -37,6 +40,10 @@ POLICIES = {
     "window": "window:budget=64",
     "sinks": "sinks:budget=64",
     "h2o": "h2o:budget=64",
+    "tova": "tova:budget=64",
+    "snapkv": "snapkv:budget=64,window=16",
+    "knorm": "knorm:budget=64,prefill=bulk",
+    "keydiff": "keydiff:budget=64,prefill=bulk",
     "bswa": "bswa:block=16,segments=3",
     "bswa-sinks": "bswa:block=16,segments=3,sinks=4",
     "compressive-mean": "compressive:budget=64,sinks=4",
@@ -88,10 +95,11 @@ def look(trace: Trace, spec: str) -> tuple[np.ndarray, np.ndarray]:
     units = torch.eye(TOKENS)[None, None]
     rotary = Rotary(torch.tensor(header.rope.inverse_frequencies))
     layer = AttentionLayer(parse(spec), LAYER, header.scale, rotary)
-    slots = layer.new_slots(q, k, units)
+    slots = layer.new_slots(q, k, units, prompts=[PROMPT])
+    [law] = slots.laws(layer.occupancy)
     weights, held = np.zeros((TOKENS, TOKENS)), np.zeros((TOKENS, TOKENS), bool)
     for t in range(TOKENS):
-        before = layer.occupancy.held(t)
+        before = law.held(t)
         held[t, slots.positions[0, 0, :before].numpy()] = held[t, t] = True
         output = step(layer, slots, q[:, :, t], k[:, :, t], units[:, :, t])
         weights[t] = output[0].mean(dim=0)
