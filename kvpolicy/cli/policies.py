@@ -91,6 +91,10 @@ def capability(cls: type[CachePolicy], host: str) -> str:
     if unknown:
         return f"no: it needs {', '.join(unknown)}"
     table = parameters(cls)
+    for key in table:
+        choices = {(key, value) for value in get_args(table[key].kind)}
+        if choices and choices <= {*HOSTS[host].refuses}:
+            return f"no: it needs {', '.join(f'{key}={value}' for key, value in choices)}"
     refused = [
         f"{key}={value}"
         for key, value in HOSTS[host].refuses

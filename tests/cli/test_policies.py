@@ -13,6 +13,7 @@ from kvpolicy.policy import parameters
 
 PARAMETERS = {name: {"budget": 64} for name in kvpolicy.available()} | {
     "full": {},
+    "snapkv": {"budget": 64, "window": 16},
     "bswa": {"block": 16, "segments": 2},
     "fam": {"block": 16, "segments": 2, "slots": 8},
     "infini": {"segment": 16},
