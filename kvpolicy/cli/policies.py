@@ -36,7 +36,7 @@ class Host:
 HOSTS = {
     "transformers": Host(needs=NEEDS, refuses=()),
     "vllm": Host(needs=NEEDS, refuses=(("prefill", "bulk"), ("level", "model"))),
-    "simulator": Host(needs=NEEDS, refuses=(("prefill", "bulk"),)),
+    "simulator": Host(needs=NEEDS, refuses=()),
 }
 """Tests hold this table to what the hosts themselves accept and refuse."""
 

@@ -10,7 +10,7 @@ from time import perf_counter
 
 import torch
 
-from kvpolicy import CachePolicy
+from kvpolicy import CachePolicy, Occupancy
 from kvpolicy.memory.policy import MemoryPolicy
 from kvpolicy.trace import Header
 from kvpolicy.trace import Sequence as TracedSequence
@@ -76,18 +76,19 @@ def estimate(
         from kvpolicy_sim import kernels
 
         kernels.prepare()
-    longest = max(sequence.tokens for sequence in sequences)
+    longest = max(sequences, key=lambda sequence: sequence.tokens)
     at_once = min(threads, num_layers * len(sequences))
-    working = _layer_bytes(header, longest, outputs) + _block_bytes(header, longest, policies)
+    working = _layer_bytes(header, longest.tokens, outputs)
+    working += max(_block_bytes(header, sequence, policies) for sequence in sequences)
     working += max(_memory_bytes(header, policy) for policy in policies)
-    working += _oracle_bytes(longest, policies) if oracle else 0
+    working += max(_oracle_bytes(x, policies) for x in sequences) if oracle else 0
     results = sum(
         _result_bytes(header, sequence.tokens) * num_layers * len(policies)
         for sequence in sequences
     )
     # One policy's masses are copied to be sorted.
     results += results // len(policies)
-    work = sum(_work(header, s.tokens, p, outputs) for s in sequences for p in policies)
+    work = sum(_work(header, s, p, outputs) for s in sequences for p in policies)
     work += sum(_shared_work(header, s.tokens, len(policies), details) for s in sequences)
     seconds = work * num_layers / at_once
     return Estimate(_resident_bytes() + _ALLOWANCE + at_once * working + results, seconds)
@@ -104,13 +105,13 @@ def _layer_bytes(header: Header, tokens: int, outputs: bool) -> int:
     return numbers * (_FLOAT + ITEM_BYTES[header.dtype]) + max(query_like, out) * _FLOAT
 
 
-def _block_bytes(header: Header, tokens: int, policies: Sequence[CachePolicy]) -> int:
+def _block_bytes(header: Header, sequence: TracedSequence, policies: Sequence[CachePolicy]) -> int:
     """Buffers of the widest block, or of the dense rows that details are measured on."""
     block = max(
-        _buffers(policy) * BLOCK * _heads_together(header, policy) * _width(policy, tokens)
+        _buffers(policy) * BLOCK * _heads_together(header, policy) * max(_widths(policy, sequence))
         for policy in policies
     )
-    dense = SAMPLED_ROWS * tokens * (header.group + 5) * 2 * _FLOAT
+    dense = SAMPLED_ROWS * sequence.tokens * (header.group + 5) * 2 * _FLOAT
     return max(block * _FLOAT, dense)
 
 
@@ -140,17 +141,17 @@ def _heads_together(header: Header, policy: CachePolicy) -> int:
     return header.group * (len(header.kv_heads) if is_whole else 1)
 
 
-def _oracle_bytes(tokens: int, policies: Sequence[CachePolicy]) -> int:
+def _oracle_bytes(sequence: TracedSequence, policies: Sequence[CachePolicy]) -> int:
     """Every pair of an eviction and a token that it may take, for every law, and as much again.
 
     The laws of a unit are held together; solving one takes at most about its own size.
     """
-    laws = {
-        replace(policy.occupancy, state_slots=0)
-        for policy in policies
-        if policy.occupancy.evicted(tokens)
-    }
-    pairs = [tokens * tokens // (2 * law.interval) for law in laws]
+    laws = {replace(_law(policy, sequence), state_slots=0) for policy in policies}
+    pairs = [
+        sum(range(first, sequence.tokens, law.interval))
+        for law in laws
+        if (first := law.next_due(0)) is not None
+    ]
     return 8 * (sum(pairs) + max(pairs, default=0))
 
 
@@ -160,14 +161,13 @@ def _result_bytes(header: Header, tokens: int) -> int:
     return kv_heads * (header.group * rows + tokens) * _FLOAT + rows * 8
 
 
-def _work(header: Header, tokens: int, policy: CachePolicy, outputs: bool) -> float:
+def _work(header: Header, sequence: TracedSequence, policy: CachePolicy, outputs: bool) -> float:
     """Seconds of one policy in one layer on one processor."""
+    tokens = sequence.tokens
     rows = -(-tokens // header.query_stride)
     heads = len(header.kv_heads) * header.group
     interval = policy.occupancy.interval
-    cells = sum(min(first + BLOCK, _width(policy, tokens)) for first in range(0, tokens, BLOCK)) * (
-        heads * rows * BLOCK / tokens
-    )
+    cells = sum(_widths(policy, sequence)) * (heads * rows * BLOCK / tokens)
     dims = header.head_dim + (header.value_dim if outputs else 0)
     speed = _speed()
     blocks = -(-tokens // BLOCK) * (heads // _heads_together(header, policy))
@@ -193,9 +193,19 @@ def _shared_work(header: Header, tokens: int, num_policies: int, details: bool) 
     return seconds
 
 
-def _width(policy: CachePolicy, tokens: int) -> int:
-    capacity = policy.occupancy.capacity
-    return tokens if capacity is None else min(tokens, capacity + BLOCK)
+def _law(policy: CachePolicy, sequence: TracedSequence) -> Occupancy:
+    """The policy's occupancy law, settled by the sequence's prompt."""
+    return policy.occupancy.of_prompt(sequence.prompt_len)
+
+
+def _widths(policy: CachePolicy, sequence: TracedSequence) -> list[int]:
+    """Most columns of each block of the sequence: slots held, a memory's too, and the block."""
+    law, tokens = _law(policy, sequence), sequence.tokens
+    limits = [(first, law.limit(first)) for first in range(0, tokens, BLOCK)]
+    return [
+        min(tokens, first + BLOCK, tokens if limit is None else limit + law.state_slots + BLOCK)
+        for first, limit in limits
+    ]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kvpolicy import CachePolicy, Occupancy
 from kvpolicy.errors import TraceError
 from kvpolicy.trace.header import ITEM_BYTES
 from kvpolicy_sim.dense import attend
@@ -37,6 +38,7 @@ class LayerInputs:
         outputs: [H_kv, G, r, D_v] of full attention; None if outputs are not compared.
         scale: Factor on query-key products that `queries` hold already.
         item_bytes: Bytes of one number of the traced cache.
+        prompt: First tokens that are the sequence's prompt; 0 if it has none.
     """
 
     layer: int
@@ -50,11 +52,16 @@ class LayerInputs:
     outputs: Tensor | None
     scale: float = 1.0
     item_bytes: int = 4
+    prompt: int = 0
 
     @property
     def group(self) -> int:
         """Query heads per KV head."""
         return self.queries.shape[1]
+
+    def law(self, policy: CachePolicy) -> Occupancy:
+        """A policy's occupancy law, settled by the sequence's prompt."""
+        return policy.occupancy.of_prompt(self.prompt)
 
     def rows(self, first: int, last: int) -> slice:
         """Rows of the tokens [first, last)."""
@@ -103,6 +110,7 @@ class LayerInputs:
             outputs=out,
             scale=header.scale,
             item_bytes=ITEM_BYTES[header.dtype],
+            prompt=trace.sequences[sequence].prompt_len,
         )
 
 

@@ -95,8 +95,10 @@ def walk(weights, rows, scales, sums, columns, first, size, rule):  # noqa: ANN0
                 _accumulate(columns.accumulated, pooled, columns.alive, visible, rule)
             row += 1
         n = first + offset + 1
-        if n >= rule.retained + rule.interval and (n - rule.retained) % rule.interval == 0:
-            _evict(columns, pooled, visible, n, rule)
+        if n == rule.first_due:
+            _evict(columns, pooled, visible, n, rule.first_count, rule)
+        elif n > rule.first_due and (n - rule.first_due) % rule.interval == 0:
+            _evict(columns, pooled, visible, n, rule.interval, rule)
     return size
 
 
@@ -139,15 +141,15 @@ def _accumulate(accumulated, pooled, alive, visible, rule):  # noqa: ANN001, ANN
 
 
 @numba.njit(nogil=True, cache=True)
-def _evict(columns, pooled, visible, n, rule):  # noqa: ANN001, ANN202
-    """Evict the `interval` lowest-scored candidates after n tokens."""
+def _evict(columns, pooled, visible, n, count, rule):  # noqa: ANN001, ANN202
+    """Evict the `count` lowest-scored candidates after n tokens."""
     begin = np.searchsorted(columns.positions[:visible], rule.sinks)
     end = np.searchsorted(columns.positions[:visible], n - rule.recent)
     if rule.score == POSITION:
-        _evict_oldest(columns, begin, end, n, rule.interval)
+        _evict_oldest(columns, begin, end, n, count)
         return
     ranks = _ranks(columns, pooled, begin, end, n, rule)
-    if rule.interval == 1:
+    if count == 1:
         lowest, threshold = begin, _TAKEN
         for c in range(begin, end):
             if ranks[c - begin] < threshold:
@@ -155,8 +157,8 @@ def _evict(columns, pooled, visible, n, rule):  # noqa: ANN001, ANN202
         columns.alive[lowest] = 0
         columns.evicted_at[lowest] = n
         return
-    threshold = np.partition(ranks, rule.interval - 1)[rule.interval - 1]
-    ties = rule.interval - (ranks < threshold).sum()
+    threshold = np.partition(ranks, count - 1)[count - 1]
+    ties = count - (ranks < threshold).sum()
     for c in range(begin, end):
         is_tie = ranks[c - begin] == threshold and ties > 0
         if is_tie or ranks[c - begin] < threshold:
@@ -210,5 +212,5 @@ def prepare() -> None:
         evicted_at=np.zeros(1, np.int64),
     )
     weights, row = np.ones((1, 1, 1), np.float32), np.zeros((1, 1), np.float32)
-    rule = Rule(SUM, POOL_MEAN, 1.0, False, 0, 0, 1, 1, np.uint64(0))
+    rule = Rule(SUM, POOL_MEAN, 1.0, False, 0, 0, 2, 1, 1, np.uint64(0))
     walk(weights, np.zeros(1, np.int64), row, row.copy(), columns, 0, 1, rule)

@@ -114,8 +114,11 @@ class CompiledLane(Lane):
         self, policy: CachePolicy, inputs: LayerInputs, heads: slice, level: Level
     ) -> None:
         super().__init__(inputs, heads, level)
-        self.rule = rule_for(policy, inputs.layer, inputs.kv_heads[heads.start])
+        law, kv_head = inputs.law(policy), inputs.kv_heads[heads.start]
+        self.rule = rule_for(policy, law, inputs.layer, kv_head)
         self.spans = policy.spans if isinstance(policy, EvictionPolicy) else ()
+        if isinstance(policy, EvictionPolicy) and policy.keeps_prompt:
+            self.spans = ((0, inputs.prompt),)
         self._positions = np.empty(0, np.int64)
         self._accumulated = np.empty(0, np.float32)
 
@@ -222,7 +225,7 @@ class CoreLane(Lane):
         )
         queries = inputs.queries[heads].flatten(0, 1)
         self._slots = self.layer.new_slots(
-            queries[None], inputs.keys[None, heads], inputs.values[None, heads]
+            queries[None], inputs.keys[None, heads], inputs.values[None, heads], [inputs.prompt]
         )
         if self._slots.memory is not None:
             self.outcome.memory_share = torch.zeros_like(self.outcome.lse)
@@ -251,7 +254,7 @@ class CoreLane(Lane):
         memory, policy = self._slots.memory, self.layer.memory_policy
         if memory is None or policy is None:
             return
-        evicted = policy.occupancy.evicted(self.inputs.tokens)
+        evicted = self.inputs.law(policy).evicted(self.inputs.tokens)
         self.outcome.merged = policy.merged(memory, 0, evicted)
         self.outcome.beside_bytes = bytes_beside_slots(memory, self.inputs.item_bytes)
 

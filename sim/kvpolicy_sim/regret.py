@@ -14,6 +14,7 @@ from kvpolicy_sim.inputs import BLOCK, LayerInputs
 from kvpolicy_sim.layerwise import PolicyOutcome
 from kvpolicy_sim.oracle import Optimum, Problem, solve
 from kvpolicy_sim.result import Regret
+from kvpolicy_sim.statistics import uncounted_steps
 
 HEAD_TOKENS = 1 << 15
 """Tokens times heads of a layer that are solved: longer sequences get fewer heads."""
@@ -25,7 +26,8 @@ def measure_regret(
     """Bound the optimum for every budget, interval and scope among the policies.
 
     Under ``scope=head`` it is solved per KV head, under ``scope=layer`` for the mean of all. A
-    memory is left out on both sides: the optimum is that of the token slots.
+    memory is left out on both sides: the optimum is that of the token slots. Under
+    ``protect=prompt`` the optimum keeps the prompt too.
 
     Args:
         inputs: The layer, with every query.
@@ -42,11 +44,12 @@ def measure_regret(
             for policy in outcomes
             if isinstance(policy, EvictionPolicy)
             and policy.scope_is_layer == is_layer
-            and policy.occupancy.evicted(inputs.tokens)
+            and inputs.law(policy).evicted(inputs.tokens)
         }
         optima = [_optima(inputs, unit, set(policies.values())) for unit in units if policies]
         for policy, law in policies.items():
-            mass = outcomes[policy].retained_mass[..., law.retained :]
+            uncounted = uncounted_steps(inputs.law(policy))
+            mass = outcomes[policy].retained_mass[..., uncounted:]
             found[policy] = Regret(
                 mass=np.array([mass[unit].mean(dtype=np.float64) for unit in units]),
                 lower=np.array([optimum[law].lower for optimum in optima]),
@@ -57,7 +60,7 @@ def measure_regret(
 
 def _optima(inputs: LayerInputs, unit: slice, laws: set[Occupancy]) -> dict[Occupancy, Optimum]:
     """Solve one unit under every law; the attention is computed once."""
-    problems = {law: Problem(inputs.tokens, law) for law in laws}
+    problems = {law: Problem(inputs.tokens, law, inputs.prompt) for law in laws}
     for first, rows in _attention(inputs, unit):
         for problem in problems.values():
             problem.add_rows(first, rows)

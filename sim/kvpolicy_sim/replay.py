@@ -25,6 +25,7 @@ from kvpolicy_sim.support import (
     choose_sequences,
     needs_weights,
     require_oracle,
+    require_prompts,
     require_supported,
 )
 from kvpolicy_sim.weights import Weights, load_weights
@@ -114,6 +115,7 @@ def _replay(
     if options.oracle:
         require_oracle(trace.header)
     chosen = choose_sequences(trace, sequences)
+    require_prompts(trace, chosen, policies)
     report = Report.blank(
         trace.header, options.level, choose_layers(trace.header, layers), chosen, policies
     )

@@ -5,11 +5,12 @@ Axes: H_kv KV heads, G query heads per KV head, T tokens, r rows (tokens with qu
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from kvpolicy import CachePolicy, Ledger
+from kvpolicy import CachePolicy, Ledger, Occupancy
 from kvpolicy.footprint import PAGE_STATE_BYTES, peak_slots
 from kvpolicy.policy import EvictionPolicy
 from kvpolicy.trace import Header
@@ -17,7 +18,7 @@ from kvpolicy.trace import Sequence as TracedSequence
 from kvpolicy.trace.header import ITEM_BYTES
 from kvpolicy_sim.details import RECALL_AT, Details
 from kvpolicy_sim.layerwise import PolicyOutcome
-from kvpolicy_sim.statistics import bootstrap_mean, mean_or_none
+from kvpolicy_sim.statistics import bootstrap_mean, mean_or_none, uncounted_steps
 
 Place = tuple[int, int]
 """Sequence and layer."""
@@ -82,21 +83,27 @@ class PolicyResult:
         """Time taken, summed over threads."""
         return sum(outcome.seconds for outcome in self.outcomes.values())
 
-    @property
-    def _uncounted(self) -> int:
-        """First steps that do not count: the token slots kept, or none if no row lies beyond."""
-        kept, stride = self.policy.occupancy.retained or 0, self.header.query_stride
-        last_rows = [(x.tokens - 1) // stride * stride + 1 for x in self.sequences.values()]
-        return kept if max(last_rows) > kept else 0
+    def law(self, sequence: int) -> Occupancy:
+        """The occupancy law of a sequence, settled by its prompt."""
+        return self.policy.occupancy.of_prompt(self.sequences[sequence].prompt_len)
 
-    def is_counted(self, steps: np.ndarray) -> np.ndarray:
-        """Which steps count, given as tokens seen: those beyond the token slots, or all."""
-        return steps > self._uncounted
+    @cached_property
+    def _uncounted(self) -> dict[int, int]:
+        """First steps of each sequence that do not count; none if no row lies beyond them."""
+        found = {sequence: uncounted_steps(self.law(sequence)) for sequence in self.sequences}
+        stride = self.header.query_stride
+        last_rows = {i: (x.tokens - 1) // stride * stride + 1 for i, x in self.sequences.items()}
+        is_any_beyond = any(last_rows[sequence] > steps for sequence, steps in found.items())
+        return found if is_any_beyond else dict.fromkeys(found, 0)
+
+    def is_counted(self, sequence: int, steps: np.ndarray) -> np.ndarray:
+        """Which steps count, given as tokens seen: those beyond `uncounted_steps`, or all."""
+        return steps > self._uncounted[sequence]
 
     def counted_rows(self, sequence: int) -> np.ndarray:
         """Which rows of a sequence count; [r] bool."""
         tokens = self.sequences[sequence].tokens
-        return self.is_counted(np.arange(0, tokens, self.header.query_stride) + 1)
+        return self.is_counted(sequence, np.arange(0, tokens, self.header.query_stride) + 1)
 
     def masses(self, sequence: int) -> np.ndarray:
         """Retained mass of the counted rows of a sequence, [layers, H_kv, G, counted]."""
@@ -161,8 +168,8 @@ class PolicyResult:
             return None
         bins = max(found.lost_by_age.shape[-1] for found in self.details.values())
         total, rows = np.zeros(bins), 0
-        for found in self.details.values():
-            counted = found.lost_by_age[:, self.is_counted(found.steps)]
+        for (sequence, _), found in self.details.items():
+            counted = found.lost_by_age[:, self.is_counted(sequence, found.steps)]
             total[: counted.shape[-1]] += counted.sum(axis=(0, 1))
             rows += counted.shape[0] * counted.shape[1]
         return (total / max(rows, 1)).tolist()
@@ -175,7 +182,8 @@ class PolicyResult:
         found = {}
         for index, k in enumerate(RECALL_AT):
             rows = [
-                d.recall[:, self.is_counted(d.steps), index].ravel() for d in self.details.values()
+                d.recall[:, self.is_counted(sequence, d.steps), index].ravel()
+                for (sequence, _), d in self.details.items()
             ]
             found[str(k)] = mean_or_none(np.concatenate(rows))
         return found
@@ -201,7 +209,7 @@ class PolicyResult:
             sequence = self.sequences[place[0]]
             for index, (name, first, last) in enumerate(sequence.marks):
                 mass, retained, kept = found.setdefault(name, ([], [], []))
-                after = (details.steps > last) & self.is_counted(details.steps)
+                after = (details.steps > last) & self.is_counted(place[0], details.steps)
                 mass.append(float(details.mark_mass[:, after, index].sum()))
                 retained.append(float(details.mark_retained[:, after, index].sum()))
                 kept.append(float((self.outcomes[place].evicted_at[:, first:last] == 0).mean()))
@@ -249,7 +257,7 @@ class PolicyResult:
         counts = np.concatenate([(o.evicted_at > 0).sum(axis=1) for o in outcomes])
         evicted = float(counts.mean())
         evicted = int(evicted) if evicted.is_integer() else evicted
-        held, law = tokens - evicted, self.policy.occupancy
+        held, law = tokens - evicted, self.law(sequence)
         bytes_held = int((held + law.state_slots) * len(counts) * self._slot_bytes)
         bytes_held += sum(outcome.beside_bytes for outcome in outcomes)
         return Ledger(
@@ -261,7 +269,7 @@ class PolicyResult:
             blocks_held=0,
             bytes_held=bytes_held,
             bytes_saved=tokens * len(counts) * self._cell_bytes - bytes_held,
-            evictions=int(evicted // law.interval),
+            evictions=law.evictions(tokens),
             policy_seconds=seconds,
             merged=_mean(outcome.merged for outcome in outcomes),
         ).check(law)
@@ -269,7 +277,7 @@ class PolicyResult:
     def bytes_at_peak(self, sequence: int) -> int:
         """What a sequence took at its fullest moment: what has to be provided for it."""
         outcomes = [o for (at, _), o in self.outcomes.items() if at == sequence]
-        slots = peak_slots(self.policy.occupancy, self.sequences[sequence].tokens)
+        slots = peak_slots(self.law(sequence), self.sequences[sequence].tokens)
         beside = sum(outcome.beside_bytes for outcome in outcomes)
         return beside + len(outcomes) * len(self.header.kv_heads) * slots * self._slot_bytes
 

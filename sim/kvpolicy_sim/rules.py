@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvpolicy import CachePolicy, EvictionPolicy
+from kvpolicy import CachePolicy, EvictionPolicy, Occupancy
 from kvpolicy.memory.policy import MemoryPolicy
 from kvpolicy.policies.bswa import BSWA
 from kvpolicy.policies.centroid import Centroid
@@ -46,8 +46,9 @@ class Rule(NamedTuple):
         is_relative: Whether weights are measured in multiples of the uniform one.
         sinks: First tokens that are protected.
         recent: Newest tokens that are protected.
-        retained: Slots left by an eviction.
-        interval: Slots evicted at once, and tokens between evictions.
+        first_due: Tokens seen at the first eviction.
+        first_count: Slots that it evicts: what a prompt has too many, under ``prefill=bulk``.
+        interval: Slots that later ones evict, and tokens between evictions.
         hash: `random`'s chain over (seed, layer, kv_head).
     """
 
@@ -57,7 +58,8 @@ class Rule(NamedTuple):
     is_relative: bool
     sinks: int
     recent: int
-    retained: int
+    first_due: int
+    first_count: int
     interval: int
     hash: np.uint64
 
@@ -87,12 +89,12 @@ def is_compiled(policy: CachePolicy) -> bool:
     return is_listed and not has_memory and find_spec("numba") is not None
 
 
-def rule_for(policy: CachePolicy, layer: int, kv_head: int) -> Rule:
-    """The walk's rule in a layer and KV head; only `random` tells them apart."""
-    score, law = _SCORES[type(policy)](policy), policy.occupancy
+def rule_for(policy: CachePolicy, law: Occupancy, layer: int, kv_head: int) -> Rule:
+    """The walk's rule under a settled law; layer and KV head only matter to `random`."""
+    score, first_due = _SCORES[type(policy)](policy), law.next_due(0)
     if not isinstance(policy, EvictionPolicy):
-        return Rule(score, POOL_MEAN, 1.0, False, 0, 0, _NEVER, 1, np.uint64(0))
-    assert law.retained is not None, "it evicts"
+        return Rule(score, POOL_MEAN, 1.0, False, 0, 0, _NEVER, 1, 1, np.uint64(0))
+    assert first_due is not None, "it evicts"
     accumulation = policy.accumulation
     return Rule(
         score=score,
@@ -101,7 +103,8 @@ def rule_for(policy: CachePolicy, layer: int, kv_head: int) -> Rule:
         is_relative=accumulation.relative,
         sinks=policy.sink_slots,
         recent=policy.recent_slots,
-        retained=law.retained,
+        first_due=first_due,
+        first_count=law.surplus(first_due),
         interval=law.interval,
         hash=np.uint64(_chain(policy.seed, layer, kv_head) if isinstance(policy, Random) else 0),
     )

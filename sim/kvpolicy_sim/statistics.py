@@ -4,8 +4,20 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from kvpolicy import Occupancy
+
 RESAMPLES = 2000
 """Bootstrap samples."""
+
+
+def uncounted_steps(law: Occupancy) -> int:
+    """First steps that figures leave out: there, whatever the policy, nothing has been evicted.
+
+    Args:
+        law: Settled. The steps are as many as its token slots or, if they are more, as the tokens
+            of a ``bulk`` prompt.
+    """
+    return law.prompt_tokens or law.retained or 0
 
 
 def bootstrap_mean(values: Sequence[float], level: float = 0.95) -> list[float] | None:

@@ -66,8 +66,6 @@ def _unsupported(header: Header, policy: CachePolicy) -> str | None:
     unknown = sorted(set(policy.needs) - set(NEEDS))
     if unknown:
         return f"it needs {unknown}, and a replay shows {NEEDS}; declare needs among these"
-    if policy.occupancy.prompts != "stream":
-        return "a replay runs prefill=stream only; drop prefill=bulk and protect=prompt"
     if policy.rope == "reindex" and (header.rope is None or header.rope.kind != "default"):
         return "rope=reindex needs a trace with plain RoPE; use rope=keep"
     if policy.scope_is_layer and len(header.kv_heads) < header.num_kv_heads:
@@ -76,6 +74,27 @@ def _unsupported(header: Header, policy: CachePolicy) -> str | None:
             f"has {len(header.kv_heads)}; capture all heads, or use scope=head"
         )
     return None
+
+
+def require_prompts(
+    trace: Trace, sequences: Sequence[TracedSequence], policies: Sequence[CachePolicy]
+) -> None:
+    """Raise unless sequences have the prompts that policies set apart, and tokens behind them.
+
+    Raises:
+        UnsupportedError: With the policy, the sequence, and how to capture one that serves.
+    """
+    apart = [policy for policy in policies if policy.occupancy.needs_prompt]
+    for sequence in sequences if apart else ():
+        if 0 < sequence.prompt_len < sequence.tokens:
+            continue
+        is_missing = sequence.prompt_len == 0
+        what = "no prompt" if is_missing else f"{sequence.tokens} tokens, all of them prompt"
+        raise UnsupportedError(
+            f"{apart[0]} sets the prompt apart, and sequence {sequence.index} of {trace.path} has "
+            f"{what}; a replay needs a prompt and tokens behind it: capture with --prompt-len N "
+            "(prompt_len= in Python), or with --new-tokens N, or choose other --sequences"
+        )
 
 
 def needs_weights(policy: CachePolicy) -> bool:

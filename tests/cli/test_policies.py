@@ -102,6 +102,7 @@ def test_a_value_that_one_host_refuses_is_named() -> None:
 
     assert capability(FAM, "vllm") == "yes, not prefill=bulk, level=model"
     assert capability(FAM, "transformers") == "yes"
+    assert capability(FAM, "simulator") == "yes"
 
 
 def refusal_of(host: str, policy: kvpolicy.CachePolicy) -> str | None:

@@ -24,27 +24,31 @@ def retained_mass(attention: np.ndarray, retained: int, evicted_at: np.ndarray) 
 
 def most_retained(attention: np.ndarray, retained: int, interval: int) -> float:
     """The largest retained mass, by trying every choice of every eviction."""
-    tokens = len(attention)
+    dues = range(retained + interval, len(attention), interval)
+    return most_left(attention, dict.fromkeys(dues, interval), retained)
+
+
+def most_left(
+    attention: np.ndarray, leaving: dict[int, int], counted_from: int, kept: int = 0
+) -> float:
+    """The same where `leaving[n]` tokens leave after n tokens, and the first `kept` never."""
     return max(
-        retained_mass(attention, retained, evicted_at)
-        for evicted_at in _choices(tokens, retained, interval, np.zeros(tokens, np.int64), 1)
+        retained_mass(attention, counted_from, evicted_at)
+        for evicted_at in _choices(leaving, kept, np.zeros(len(attention), np.int64))
     )
 
 
-def _choices(
-    tokens: int, retained: int, interval: int, evicted_at: np.ndarray, n: int
-) -> Iterator[np.ndarray]:
-    """Everything that can be evicted from after n tokens on."""
-    while n < tokens and (n < retained + interval or (n - retained) % interval):
-        n += 1
-    if n >= tokens:
+def _choices(leaving: dict[int, int], kept: int, evicted_at: np.ndarray) -> Iterator[np.ndarray]:
+    """Everything that can be evicted, given what has been."""
+    if not leaving:
         yield evicted_at
         return
-    held = np.flatnonzero(evicted_at[:n] == 0)
-    for victims in combinations(held, interval):
+    n, *later = sorted(leaving)
+    held = kept + np.flatnonzero(evicted_at[kept:n] == 0)
+    for victims in combinations(held, leaving[n]):
         chosen = evicted_at.copy()
         chosen[list(victims)] = n
-        yield from _choices(tokens, retained, interval, chosen, n + 1)
+        yield from _choices({due: leaving[due] for due in later}, kept, chosen)
 
 
 def linear_program(attention: np.ndarray, retained: int, interval: int) -> float:

@@ -14,7 +14,17 @@ POSITIONAL = (
     "random:budget=24,seed=3",
 )
 ATTENTIVE = ("h2o:budget=24", "h2o:budget=24,interval=3,scope=layer", "tova:budget=24")
-TOKENS = 96
+APART_BY_POSITION = (
+    "sinks:budget=24,interval=5,prefill=bulk",
+    "random:budget=24,prefill=bulk",
+    "window:budget=16,protect=prompt",
+)
+APART_BY_ATTENTION = (
+    "h2o:budget=24,prefill=bulk",
+    "tova:budget=24,interval=3,prefill=bulk",
+    "h2o:budget=16,protect=prompt",
+)
+TOKENS, PROMPT = 96, 60
 
 
 @pytest.fixture(scope="module")
@@ -28,36 +38,37 @@ def report(model, tmp_path_factory):
     """Every policy replayed on a trace of the model's own full-cache run."""
     path = tmp_path_factory.mktemp("traces") / "t.kvtrace"
     ids = torch.tensor([random_prompt(model, TOKENS, 0)])
-    trace = kvpolicy_sim.capture(model, ids, path)
-    return kvpolicy_sim.replay(trace, [*POSITIONAL, *ATTENTIVE])
+    trace = kvpolicy_sim.capture(model, ids, path, prompt_len=PROMPT)
+    specs = [*POSITIONAL, *ATTENTIVE, *APART_BY_POSITION, *APART_BY_ATTENTION]
+    return kvpolicy_sim.replay(trace, specs)
 
 
 def retained(model, spec, num_tokens):
     """What transformers holds in every layer after some tokens of the same text."""
-    cache = PolicyCache(model, spec)
+    cache = PolicyCache(model, spec, PROMPT)
     ids = torch.tensor([random_prompt(model, TOKENS, 0)])[:, :num_tokens]
     with torch.inference_mode():
         model(ids, past_key_values=cache)
     return [cache.retained_positions(layer).tolist() for layer in range(len(cache.layers))]
 
 
-@pytest.mark.parametrize("spec", POSITIONAL)
+@pytest.mark.parametrize("spec", [*POSITIONAL, *APART_BY_POSITION])
 def test_sets_of_positional_policies_are_predicted_in_every_layer(model, report, spec):
     """Policies that look at positions keep in transformers what the replay says."""
     for layer, positions in enumerate(retained(model, spec, TOKENS)):
         assert report.retained_positions(spec, layer).tolist() == positions
 
 
-@pytest.mark.parametrize("spec", ATTENTIVE)
+@pytest.mark.parametrize("spec", [*ATTENTIVE, *APART_BY_ATTENTION])
 def test_sets_of_the_first_layer_are_predicted(model, report, spec):
     """Layer 0 sees the same inputs with and without eviction, so its sets agree to the end."""
     assert report.retained_positions(spec, 0).tolist() == retained(model, spec, TOKENS)[0]
 
 
-@pytest.mark.parametrize("spec", ATTENTIVE)
+@pytest.mark.parametrize("spec", [*ATTENTIVE, *APART_BY_ATTENTION])
 def test_first_evictions_are_predicted_in_every_layer(model, report, spec):
     """Until a token has been evicted all layers see the traced inputs: the first one agrees."""
-    first = parse(spec).occupancy.next_due(0)
+    first = parse(spec).occupancy.of_prompt(PROMPT).next_due(0)
     for layer, positions in enumerate(retained(model, spec, first)):
         assert report.retained_positions(spec, layer, tokens=first).tolist() == positions
 

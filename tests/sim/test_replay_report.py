@@ -165,7 +165,7 @@ def torch_bool(x):
         (["full"], {"level": "closed-loop"}, PolicyError, "layer-local, open-loop"),
         (["full"], {"layers": [7]}, PolicyError, r"layers \[7\] are not in the trace"),
         (["full"], {"sequences": [3]}, PolicyError, r"sequences \[3\] are not in the trace"),
-        (["window:budget=8,prefill=bulk"], {}, UnsupportedError, "prefill=stream only"),
+        (["window:budget=8,prefill=bulk"], {}, UnsupportedError, "120 tokens, all of them prompt"),
         (["windw:budget=8"], {}, PolicyError, "window"),
     ],
 )

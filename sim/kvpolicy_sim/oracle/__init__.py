@@ -1,6 +1,6 @@
 """The offline optimum of retained attention mass: what no retention policy can exceed.
 
-problem = Problem(tokens, policy.occupancy)
+problem = Problem(tokens, policy.occupancy, prompt_tokens)
 problem.add_rows(0, attention)
 optimum = solve(problem)
 """

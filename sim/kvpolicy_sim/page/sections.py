@@ -22,6 +22,7 @@ from kvpolicy_sim.page.series import mass_over_time, median_place, retention_map
 from kvpolicy_sim.page.series import similarity as similarities
 from kvpolicy_sim.page.tables import MOST_MARKS, Row, mark_table, policy_table, similarity_table
 from kvpolicy_sim.report import Report
+from kvpolicy_sim.statistics import uncounted_steps
 
 LEVELS = {
     "layer-local": "policies observe attention renormalised over what they retained, as in a host",
@@ -94,12 +95,13 @@ def over_the_sequence(report: Report, rows: Sequence[Row]) -> Markup:
             Curve(row.key, over_time.tokens, mass)
             for row, mass in zip(rows, over_time.mass, strict=True)
         ],
-        rules=[budget for budget in _budgets(report) if budget < last],
+        rules=[start for start in _starts(report) if start < last],
     )
     return _section(
         "Retained mass over the sequence",
         "The share of full attention that falls on what each token still saw: the mean over "
-        "layers and heads. Dotted lines: where a budget is reached and evictions begin.",
+        "layers and heads. Dotted lines: where a budget is reached, or a bulk prompt ends, and "
+        "evictions begin.",
         chart,
     )
 
@@ -230,6 +232,13 @@ def _section(heading: str, introduction: str, *content: Markup) -> Markup:
 def _budgets(report: Report) -> list[int]:
     """Budgets of all policies, ascending; those that keep no token past a segment have none."""
     return sorted({r.budget for r in report.results.values() if r.budget})
+
+
+def _starts(report: Report) -> list[int]:
+    """Tokens seen where policies begin to evict, in any sequence, ascending."""
+    laws = [r.law(sequence) for r in report.results.values() for sequence in r.sequences]
+    found = {uncounted_steps(law) + law.state_slots for law in laws if law.retained is not None}
+    return sorted(found - {0})
 
 
 def _range(noun: str, indices: Sequence[int]) -> str:
