@@ -1,7 +1,7 @@
 """The ledger: proof, per request, that a policy ran and what it saved."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Self
 
 from kvpolicy.errors import LedgerError
 from kvpolicy.occupancy import Occupancy
@@ -35,7 +35,7 @@ class Ledger:
         """Give the ledger as a JSON-ready dictionary with the contract's keys."""
         return asdict(self)
 
-    def check(self, occupancy: Occupancy) -> "Ledger":
+    def check(self, occupancy: Occupancy) -> Self:
         """Return self if `evicted` is the occupancy law's figure.
 
         Raises:

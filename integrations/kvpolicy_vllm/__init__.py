@@ -6,6 +6,7 @@ from kvpolicy import PolicyError, TraceError
 from kvpolicy_vllm.capture import Capture
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -24,6 +25,7 @@ def register() -> None:
 def engine_args(
     policy: str,
     *,
+    allow: "Sequence[str] | str | None" = None,
     capture: "Capture | Path | str | None" = None,
     log: bool = False,
     **arguments: Any,
@@ -32,24 +34,31 @@ def engine_args(
 
     Args:
         policy: The policy's spec.
+        allow: Names of the policies that requests may bring; the policy's own unless given.
         capture: What to record of requests, or just the directory; needs the policy ``full``.
         log: Whether every finished request gets a line of figures in vLLM's log.
         **arguments: Further engine arguments; `additional_config` is merged.
 
     Raises:
-        PolicyError: The spec or the capture is wrong.
+        PolicyError: The spec, a name or the capture is wrong.
         UnsupportedError: The installed vLLM release is not supported, or the policy evicts and
             is to be captured.
     """
+    from kvpolicy_vllm.admission import ALLOW_KEY
     from kvpolicy_vllm.cli import engine_settings
     from kvpolicy_vllm.config import CAPTURE_KEY, LOG_KEY
     from kvpolicy_vllm.plugin import check_version
 
     check_version()
     extra = dict(arguments.pop("additional_config", None) or {})
-    given = extra.pop(CAPTURE_KEY, None)
+    listed, given = extra.pop(ALLOW_KEY, None), extra.pop(CAPTURE_KEY, None)
     log = bool(extra.pop(LOG_KEY, False)) or log
-    settings = engine_settings(str(policy), given if capture is None else capture, log=log)
+    settings = engine_settings(
+        str(policy),
+        given if capture is None else capture,
+        allow=listed if allow is None else allow,
+        log=log,
+    )
     return {
         **settings,
         **arguments,

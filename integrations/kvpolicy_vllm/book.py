@@ -39,6 +39,18 @@ _MAX_STATE_BYTES = 64 << 20
 _MAX_FAULTS = 100
 
 
+@dataclass(frozen=True, kw_only=True)
+class RequestLedger(Ledger):
+    """What one request of a server cost and lost.
+
+    Attributes:
+        allotted_by: Spec of the server's policy, by which blocks are allotted whatever the
+            request brings.
+    """
+
+    allotted_by: str
+
+
 @dataclass
 class Account:
     """What happened to one request so far.
@@ -72,7 +84,7 @@ class Finished(NamedTuple):
 
     request_id: str
     policy: CachePolicy
-    ledger: Ledger
+    ledger: RequestLedger
     is_sound: bool
 
 
@@ -81,6 +93,7 @@ class Book:
     """Accounts of one engine.
 
     Attributes:
+        allotted_by: Spec of the engine's policy.
         layers: The pages of every layer, by layer index.
         page_bytes: Bytes of a block in one layer, state included.
         full_page_bytes: Bytes of a block in one layer of stock vLLM.
@@ -91,11 +104,12 @@ class Book:
         observers: Told of every finished request.
     """
 
+    allotted_by: str = ""
     layers: dict[int, Pages] = field(default_factory=dict)
     page_bytes: int = 0
     full_page_bytes: int = 0
     accounts: dict[str, Account] = field(default_factory=dict)
-    ledgers: OrderedDict[str, Ledger] = field(default_factory=OrderedDict)
+    ledgers: OrderedDict[str, RequestLedger] = field(default_factory=OrderedDict)
     states: OrderedDict[str, dict[int, Tensor]] = field(default_factory=OrderedDict)
     faults: deque[str] = field(default_factory=lambda: deque(maxlen=_MAX_FAULTS))
     observers: list[Callable[[Finished], None]] = field(default_factory=list)
@@ -148,7 +162,7 @@ class Book:
             return False
         return True
 
-    def _ledger(self, account: Account, blocks: Sequence[int]) -> Ledger:
+    def _ledger(self, account: Account, blocks: Sequence[int]) -> RequestLedger:
         """Measured figures of a request; tokens are means over layers and KV heads.
 
         Without blocks they leave out what these hold.
@@ -157,7 +171,7 @@ class Book:
         evicted = _plain(account.evicted_cells / self._num_heads)
         num_layers, policy, num_blocks = len(self.layers), account.policy, len(blocks)
         full_blocks = -(-account.tokens // block_size)
-        return Ledger(
+        return RequestLedger(
             policy=str(policy),
             logical_tokens=account.tokens,
             retained=account.tokens - evicted,
@@ -170,6 +184,7 @@ class Book:
             evictions=int(evicted // policy.occupancy.interval),
             policy_seconds=account.policy_seconds,
             merged=_merged(account, blocks, evicted) if blocks else 0,
+            allotted_by=self.allotted_by,
         )
 
     @property

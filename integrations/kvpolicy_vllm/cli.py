@@ -6,22 +6,29 @@ Wrapping that one static method adds the flags; their actions write where
 """
 
 import argparse
+from collections.abc import Mapping
 from typing import Any
 
 from kvpolicy import PolicyError, parse
+from kvpolicy_vllm.admission import ALLOW_KEY, allowed_names
 from kvpolicy_vllm.capture import Capture
 from kvpolicy_vllm.config import CAPTURE_KEY, KEY, LOG_KEY, WORKER, check_capture
 from kvpolicy_vllm.frontend import announce
 
 
-def engine_settings(spec: str, capture: Any = None, *, log: bool = False) -> dict[str, Any]:
+def engine_settings(
+    spec: str, capture: Any = None, *, allow: Any = None, log: bool = False
+) -> dict[str, Any]:
     """Engine arguments that put a policy to work, and record or log requests if asked to.
 
     Raises:
-        PolicyError: The spec or the capture is wrong, or they do not fit.
+        PolicyError: The spec, the capture or a name is wrong, or they do not fit.
     """
     policy = parse(spec)
     config: dict[str, Any] = {KEY: str(policy)}
+    allowed = allowed_names(allow, policy)
+    if allow is not None:
+        config[ALLOW_KEY] = list(allowed)
     if capture is not None:
         check_capture(policy)
         capture = Capture.of(capture)
@@ -29,12 +36,12 @@ def engine_settings(spec: str, capture: Any = None, *, log: bool = False) -> dic
         config[CAPTURE_KEY] = capture.as_dict()
     if log:
         config[LOG_KEY] = True
-    announce(policy, is_recorded=capture is not None)
+    announce(policy, allowed=allowed, is_recorded=capture is not None)
     return {"additional_config": config, "worker_cls": WORKER}
 
 
 class _SettingAction(argparse.Action):
-    """Stores a policy, a capture or the wish for a log in the engine arguments' namespace."""
+    """Stores the value of one of our flags in the engine arguments' namespace."""
 
     def __call__(
         self,
@@ -47,16 +54,23 @@ class _SettingAction(argparse.Action):
         given = {**(getattr(namespace, "additional_config", None) or {})}
         if self.dest == LOG_KEY:
             values = True
-        asked = {**given, self.dest: values}
-        try:
-            settings = engine_settings(
-                asked.get(KEY, "full"), asked.get(CAPTURE_KEY), log=bool(asked.get(LOG_KEY))
-            )
-        except PolicyError as error:
-            parser.error(str(error))
+        settings = _settings(parser, {**given, self.dest: values})
         namespace.additional_config = {**given, **settings["additional_config"]}
         if getattr(namespace, "worker_cls", "auto") == "auto":
             namespace.worker_cls = settings["worker_cls"]
+
+
+def _settings(parser: argparse.ArgumentParser, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Engine arguments for what our flags and ``--additional-config`` asked for so far."""
+    try:
+        return engine_settings(
+            asked.get(KEY, "full"),
+            asked.get(CAPTURE_KEY),
+            allow=asked.get(ALLOW_KEY),
+            log=bool(asked.get(LOG_KEY)),
+        )
+    except PolicyError as error:
+        parser.error(str(error))
 
 
 class _MergedConfig(argparse._StoreAction):  # pyright: ignore[reportPrivateUsage]
@@ -71,8 +85,13 @@ class _MergedConfig(argparse._StoreAction):  # pyright: ignore[reportPrivateUsag
     ) -> None:
         """Store the new settings beside ours."""
         given = getattr(namespace, self.dest, None) or {}
-        kept = {key: given[key] for key in (KEY, CAPTURE_KEY, LOG_KEY) if key in given}
-        setattr(namespace, self.dest, {**kept, **values})
+        ours = (KEY, ALLOW_KEY, CAPTURE_KEY, LOG_KEY)
+        kept = {key: given[key] for key in ours if key in given}
+        merged = {**kept, **values}
+        if KEY in kept and ALLOW_KEY in values:
+            # Requests are validated in this process, which has to know the list.
+            merged |= _settings(parser, merged)["additional_config"]
+        setattr(namespace, self.dest, merged)
 
 
 def add_flag(parser: argparse.ArgumentParser) -> None:
@@ -91,6 +110,13 @@ def add_flag(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         metavar="SPEC",
         help="retention policy of the KV cache, e.g. h2o:budget=1024; see `kvpolicy policies`",
+    )
+    group.add_argument(
+        "--kv-policy-allow",
+        action=_SettingAction,
+        default=argparse.SUPPRESS,
+        metavar="NAME[,NAME...]",
+        help="policies that requests may bring; unless given, the server's own with other settings",
     )
     group.add_argument(
         "--kv-policy-capture",

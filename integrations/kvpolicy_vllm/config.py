@@ -1,15 +1,18 @@
 """Reads the policy from vLLM's configuration and refuses what it cannot honour.
 
 The setting lives in ``VllmConfig.additional_config``, which travels to every process and
-enters the compile hash: ``{"kv_policy": SPEC}``, and beside it ``{"kv_policy_capture":
-SETTINGS}`` where requests are recorded and ``{"kv_policy_log": true}`` where each is logged.
+enters the compile hash: ``{"kv_policy": SPEC}``, and beside it ``{"kv_policy_allow": NAMES}``
+where requests may bring others, ``{"kv_policy_capture": SETTINGS}`` where they are recorded and
+``{"kv_policy_log": true}`` where each is logged.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvpolicy import CachePolicy, EvictionPolicy, PolicyError, UnsupportedError, parse
 from kvpolicy.memory.policy import MemoryPolicy
+from kvpolicy_vllm.admission import ALLOW_KEY, allowed_names, check_name
 from kvpolicy_vllm.allotment import memory_policy
 from kvpolicy_vllm.capture import Capture
 
@@ -38,10 +41,10 @@ def configured_policy(vllm_config: "VllmConfig | None") -> CachePolicy | None:
 
     Raises:
         PolicyError: The spec is wrong, a setting that starts with kv_policy is unknown, or a
-            capture has no policy.
+            capture or a list of what requests may bring has no policy.
     """
     settings = _settings(vllm_config)
-    known = (KEY, CAPTURE_KEY, LOG_KEY)
+    known = (KEY, ALLOW_KEY, CAPTURE_KEY, LOG_KEY)
     unknown = [key for key in settings if key.startswith(KEY) and key not in known]
     if unknown:
         raise PolicyError(
@@ -50,7 +53,18 @@ def configured_policy(vllm_config: "VllmConfig | None") -> CachePolicy | None:
     spec = settings.get(KEY)
     if spec is None and settings.get(CAPTURE_KEY) is not None:
         raise PolicyError(f"{CAPTURE_KEY} records what policies run on: add {KEY}=full")
+    if spec is None and settings.get(ALLOW_KEY) is not None:
+        raise PolicyError(f"{ALLOW_KEY} lets requests to a policy's server bring others: add {KEY}")
     return None if spec is None else parse(spec)
+
+
+def configured_names(vllm_config: "VllmConfig", policy: CachePolicy) -> tuple[str, ...]:
+    """Names of the policies that requests of an engine may bring.
+
+    Raises:
+        PolicyError: The setting is no list of known names.
+    """
+    return allowed_names(_settings(vllm_config).get(ALLOW_KEY), policy)
 
 
 def configured_capture(vllm_config: "VllmConfig") -> Capture | None:
@@ -113,6 +127,7 @@ def check_engine(vllm_config: "VllmConfig", policy: CachePolicy) -> None:
         UnsupportedError: With the feature and what to change.
     """
     check_policy(policy)
+    configured_names(vllm_config, policy)
     for is_used, feature, remedy in _conflicts(vllm_config):
         if is_used:
             raise UnsupportedError(f"kv_policy={policy} does not work with {feature}; {remedy}")
@@ -215,11 +230,15 @@ def _keeps_numbers(policy: CachePolicy) -> bool:
     return remembering is not None and remembering.memory_floats(1, 1) > 0
 
 
-def request_policy(params: "SamplingParams") -> CachePolicy | None:
+def request_policy(params: "SamplingParams", allowed: Sequence[str] | None) -> CachePolicy | None:
     """The policy that a request asks for by itself, None if it does not.
 
+    Args:
+        params: The request's.
+        allowed: Names of the policies that it may ask for; None where that is not known.
+
     Raises:
-        PolicyError: It is not a spec with a policy's name, or it names a file.
+        PolicyError: It is not a spec with an allowed policy's name, or it names a file.
     """
     spec = (params.extra_args or {}).get(KEY)
     if spec is None:
@@ -229,6 +248,8 @@ def request_policy(params: "SamplingParams") -> CachePolicy | None:
             f"{KEY} of a request must be a spec string with a policy's name, got {spec!r}; "
             "import paths are for the server's own policy only"
         )
+    if allowed is not None:
+        check_name(spec.partition(":")[0], allowed)
     policy = parse(spec)
     path = policy.parameter_file if isinstance(policy, MemoryPolicy) else None
     if path is not None:

@@ -12,6 +12,7 @@ from kvpolicy_vllm.allotment import Allotment, PageShape, allotment_of
 from kvpolicy_vllm.book import Book
 from kvpolicy_vllm.config import (
     check_request,
+    configured_names,
     configured_policy,
     keeps_everything,
     request_capture,
@@ -47,6 +48,7 @@ class Engine:
     Attributes:
         policy: The server's policy, which sizes every request's allotment.
         book: Accounts of its requests.
+        allowed: Names of the policies that requests may bring.
         rows: Policies that requests asked for, by row of the running batch.
         has_layers: Whether a layer has been built with this host's attention.
         page: What a block holds of one head; None before vLLM has made its pages.
@@ -59,6 +61,7 @@ class Engine:
 
     policy: CachePolicy
     book: Book = field(default_factory=Book)
+    allowed: tuple[str, ...] = ()
     rows: dict[int, CachePolicy] = field(default_factory=dict)
     has_layers: bool = False
     page: PageShape | None = None
@@ -75,7 +78,8 @@ class Engine:
         if policy is None:
             _engines.pop(vllm_config.instance_id, None)
             return None
-        engine = _engines[vllm_config.instance_id] = cls(policy)
+        book, allowed = Book(str(policy)), configured_names(vllm_config, policy)
+        engine = _engines[vllm_config.instance_id] = cls(policy, book, allowed)
         return engine
 
     @staticmethod
@@ -193,13 +197,13 @@ class Engine:
             )
 
     def requested_policy(self, params: "SamplingParams") -> CachePolicy | None:
-        """The policy a request asks for, if it fits the server's allotment.
+        """The policy a request asks for, if it is allowed and fits the server's allotment.
 
-        A request that does not fit was already refused where the request entered; one that
-        got past that (another front end) runs under the server's policy, and its ledger says so.
+        Other requests were already refused where they entered; one that got past that (another
+        front end) runs under the server's policy, and its ledger says so.
         """
         try:
-            policy = request_policy(params)
+            policy = request_policy(params, self.allowed)
             if policy is not None:
                 check_request(policy, self.policy)
                 self._require_room(policy)

@@ -4,30 +4,47 @@ Requests are validated by a class method that sees no configuration, so whoever 
 engine from Python or the command line leaves the policy here. Worker processes check again.
 """
 
+from dataclasses import dataclass
+
 from kvpolicy import CachePolicy
+from kvpolicy_vllm.admission import allowed_names
 from kvpolicy_vllm.metrics import expose
 
-_server: list[CachePolicy] = []
-_recorded: list[bool] = []
+
+@dataclass(frozen=True)
+class Server:
+    """An engine as the process that accepts its requests knows it.
+
+    Attributes:
+        policy: Its policy.
+        allowed: Names of the policies that requests may bring.
+        is_recorded: Whether it records requests.
+    """
+
+    policy: CachePolicy
+    allowed: tuple[str, ...]
+    is_recorded: bool
 
 
-def announce(policy: CachePolicy, *, is_recorded: bool = False) -> None:
+_latest: list[Server] = []
+
+
+def announce(
+    policy: CachePolicy, *, allowed: tuple[str, ...] | None = None, is_recorded: bool = False
+) -> None:
     """Remember the policy of the engine that this process is about to start, and await figures.
 
     Args:
         policy: The policy.
+        allowed: Names of the policies that requests may bring; None for the engine's own.
         is_recorded: Whether the engine records requests.
     """
-    _server[:] = [policy]
-    _recorded[:] = [is_recorded]
+    if allowed is None:
+        allowed = allowed_names(None, policy)
+    _latest[:] = [Server(policy, allowed, is_recorded)]
     expose()
 
 
-def server_policy() -> CachePolicy | None:
-    """The policy announced last, if any."""
-    return _server[0] if _server else None
-
-
-def server_records() -> bool:
-    """Whether the engine announced last records requests."""
-    return bool(_recorded and _recorded[0])
+def announced() -> Server | None:
+    """The engine announced last, if any."""
+    return _latest[0] if _latest else None

@@ -27,8 +27,8 @@ class RequestPolicies(LogitsProcessor, SecondRunnersLogitsProcessor):
         """Refuse a bad per-request policy or capture where the request enters (HTTP 400).
 
         Raises:
-            PolicyError: The spec is wrong, an import path, does not fit the server's policy, or
-                there is none; or the request asks to be recorded where it cannot be.
+            PolicyError: The spec is wrong, an import path, not allowed, does not fit the server's
+                policy, or there is none; or the request asks to be recorded where it cannot be.
         """
         from kvpolicy import PolicyError
         from kvpolicy_vllm.config import (
@@ -39,9 +39,10 @@ class RequestPolicies(LogitsProcessor, SecondRunnersLogitsProcessor):
             request_capture,
             request_policy,
         )
-        from kvpolicy_vllm.frontend import server_policy, server_records
+        from kvpolicy_vllm.frontend import announced
 
-        policy, server = request_policy(sampling_params), server_policy()
+        server = announced()
+        policy = request_policy(sampling_params, None if server is None else server.allowed)
         wants_capture = request_capture(sampling_params)
         if policy is not None:
             if server is None:
@@ -49,14 +50,14 @@ class RequestPolicies(LogitsProcessor, SecondRunnersLogitsProcessor):
                     f"{KEY} of a request needs a server that was started with "
                     "kvpolicy_vllm.engine_args(SPEC) or --kv-policy SPEC"
                 )
-            check_request(policy, server)
+            check_request(policy, server.policy)
         if wants_capture:
-            if server is None or not server_records():
+            if server is None or not server.is_recorded:
                 raise PolicyError(
                     f"{CAPTURE_KEY} of a request needs a server that was started with "
                     "engine_args(SPEC, capture=...) or --kv-policy-capture DIRECTORY"
                 )
-            check_capture(policy or server)
+            check_capture(policy or server.policy)
 
     def __init__(self, vllm_config: "VllmConfig", *_: Any) -> None:
         """Begin this engine; the model, and with it the attention backend, comes later."""

@@ -13,7 +13,8 @@ EXAMPLES = """examples:
   kvpolicy serve MODEL --kv-policy h2o:budget=1024 --port 8001 --max-model-len 32768
   kvpolicy serve --help=all                                 every argument of vLLM's server
 
-A request may ask for another policy that fits the server's allotment:
+A request may bring other settings, or another policy of those allowed, that fit the allotment:
+  kvpolicy serve --kv-policy h2o:budget=256 --kv-policy-allow h2o,window
   curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
     -d '{"model": "bundled", "prompt": "It was", "vllm_xargs": {"kv_policy": "window:budget=64"}}'
 """
@@ -27,14 +28,16 @@ def run(arguments: Sequence[str]) -> int:
     wants_help = any(argument.startswith("--help=") for argument in rest)
     if options.kv_policy is None and not wants_help:
         parser.error("give a policy with --kv-policy SPEC; see `kvpolicy policies`")
-    if options.kv_policy is not None:
-        parse(options.kv_policy)
+    policy = None if options.kv_policy is None else parse(options.kv_policy)
     require("vllm")
     require_plugin(os.environ)
+    from kvpolicy_vllm.admission import allowed_names
     from kvpolicy_vllm.plugin import check_version
     from kvpolicy_vllm.serve import serve
 
     check_version()
+    if policy is not None:
+        allowed_names(options.kv_policy_allow, policy)
     serve([*served_model(model, rest), *rest])
     return 0
 
@@ -69,6 +72,11 @@ def _parser() -> argparse.ArgumentParser:
         add_help=False,
     )
     parser.add_argument("--kv-policy", metavar="SPEC", help="the policy, e.g. h2o:budget=1024")
+    parser.add_argument(
+        "--kv-policy-allow",
+        metavar="NAME[,NAME...]",
+        help="policies that requests may bring (default: the server's own, with other settings)",
+    )
     parser.add_argument("-h", "--help", nargs="?", action=_Help, help="show this help and exit")
     return parser
 

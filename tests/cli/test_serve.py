@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -37,6 +38,18 @@ def test_bundled_model_is_the_default(
 ) -> None:
     """Without a model the bundled one is served, under a name that requests can use."""
     assert served_model(model, rest) == expected
+
+
+def test_a_misspelt_list_is_refused_before_vllm_is_imported() -> None:
+    """A list of unknown policies costs a moment, not the time that vLLM takes to start."""
+    script = (
+        "import sys; from kvpolicy.cli import main\n"
+        "code = main(['serve', 'm', '--kv-policy', 'h2o:budget=8', '--kv-policy-allow', 'h20'])\n"
+        "sys.exit(100 if 'vllm' in sys.modules else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    assert done.returncode == 2
+    assert b"unknown policy 'h20'" in done.stderr
 
 
 @pytest.mark.parametrize("listed", ["", "lora", "lora,other"])
@@ -88,7 +101,9 @@ def test_policy_survives_other_settings(arguments: list[str]) -> None:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server with a setting of another plugin, which vLLM reads last."""
     log = tmp_path_factory.mktemp("server") / "log"
-    with serving("h2o:budget=96", "--additional-config.of_another_plugin", "1", log=log) as running:
+    arguments = ["--additional-config.of_another_plugin", "1"]
+    arguments += ["--kv-policy-allow", "h2o,window", "--kv-policy-log"]
+    with serving("h2o:budget=96", *arguments, log=log) as running:
         yield running
 
 
@@ -102,9 +117,18 @@ def test_server_completes_under_policies_and_stops_cleanly(server: Server) -> No
     assert own.json()["usage"]["completion_tokens"] == 16
     window = server.complete(prompt, vllm_xargs={"kv_policy": "window:budget=64"})
     assert window.status_code == 200, window.text
-    for bad in ("window:budget=4096", "nope", "window", "os.path.Class:budget=8"):
+    for bad, reason in {
+        "window:budget=4096": "4352 slots",
+        "window": "window needs budget",
+        "nope": "takes h2o, window",
+        "tova:budget=64": "takes h2o, window",
+        "os.path.Class:budget=8": "import paths",
+    }.items():
         refused = server.complete(prompt, vllm_xargs={"kv_policy": bad})
         assert refused.status_code == 400, refused.text
-        assert json.loads(refused.text)["error"]["message"]
+        assert reason in refused.json()["error"]["message"]
+    # The worker hears of the end of the request before with this one's first step.
     assert server.complete(prompt).json()["choices"] == own.json()["choices"]
+    log = server.log.read_text("utf-8", "replace")
+    assert re.search(r"policy=window:budget=64 tokens=\d.*allotted_by=h2o:budget=96", log)
     assert server.stop() == 0

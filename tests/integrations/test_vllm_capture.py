@@ -60,11 +60,15 @@ def engine(path, tmp_path_factory) -> LLM:
 
 
 def generate(
-    llm: LLM, prompts: Sequence[list[int]], *wishes: dict[str, Any], num_tokens: int = NUM_TOKENS
+    llm: LLM,
+    prompts: Sequence[list[int]],
+    *wishes: dict[str, Any],
+    num_tokens: int = NUM_TOKENS,
+    is_recorded: bool = True,
 ) -> list[RequestOutput]:
     """Generate greedily, each prompt with its own extra arguments if there are some."""
     # Other engines of this process may have been configured since.
-    frontend.announce(kvpolicy.parse("full"), is_recorded=True)
+    frontend.announce(kvpolicy.parse("full"), allowed=("full", "window"), is_recorded=is_recorded)
     parameters = [
         SamplingParams(
             max_tokens=num_tokens,
@@ -210,11 +214,11 @@ def test_a_wish_that_cannot_be_met_is_refused(engine, model, wish, message):
     assert generate(engine, [random_prompt(model, 20, seed=1)])
 
 
-def test_a_request_cannot_ask_where_nothing_is_recorded(engine, model, monkeypatch):
+def test_a_request_cannot_ask_where_nothing_is_recorded(engine, model):
     """A server without a capture refuses the wish, instead of ignoring it."""
-    monkeypatch.setattr(frontend, "server_records", lambda: False)
+    prompts, wish = [random_prompt(model, 20, seed=1)], {"kv_policy_capture": True}
     with pytest.raises(VLLMValidationError, match="--kv-policy-capture"):
-        generate(engine, [random_prompt(model, 20, seed=1)], {"kv_policy_capture": True})
+        generate(engine, prompts, wish, is_recorded=False)
 
 
 def test_running_and_aborted_requests(engine, model):
@@ -500,7 +504,7 @@ def test_the_flag_records_in_any_order(tmp_path):
         settings = Capture.of(found.additional_config["kv_policy_capture"])
         assert settings == Capture(tmp_path, every=4)
         assert found.worker_cls == "kvpolicy_vllm.worker.PolicyWorker"
-        assert frontend.server_records()
+        assert frontend.announced().is_recorded
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def test_all_blocks_return_to_the_pool(engine, model):
     [
         ("h2o:budget=300", "318 slots"),
         ("full", "unboundedly many"),
-        ("nonsense:budget=4", "known policies"),
+        ("nonsense:budget=4", "this server takes bswa"),
         ("h2o:budget=64,prefill=bulk", "prefill=stream"),
         ("sinks:budget=64,rope=reindex", "server's rope=keep"),
         ("h2o:budget=64,rope_beyond=allow", "server's rope_beyond=refuse"),
@@ -272,7 +272,9 @@ def test_rows_follow_their_requests_through_the_batch():
 
     page = PageShape(block_size=32, head_dim=32, element_bytes=4, group=2)
     tap = object.__new__(RequestPolicies)
-    tap.engine = Engine(kvpolicy.parse("full"), has_layers=True, page=page)
+    tap.engine = Engine(
+        kvpolicy.parse("full"), allowed=("tova", "window"), has_layers=True, page=page
+    )
 
     def asking(spec):
         return SamplingParams(extra_args={"kv_policy": spec} if spec else None)

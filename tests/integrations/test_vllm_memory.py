@@ -120,7 +120,8 @@ def engines(path):
 
     def use(server: str, chunk: int) -> LLM:
         llm = start(server, chunk)
-        announce(kvpolicy.parse(server))  # requests are checked against the latest engine
+        # Requests are checked against the latest engine.
+        announce(kvpolicy.parse(server), allowed=tuple(kvpolicy.available()))
         return llm
 
     return use
@@ -291,7 +292,7 @@ def test_more_numbers_than_the_server_allots_are_refused_in_the_worker():
     for width, expected in ((1, True), (500, False)):
         policy = Wide(budget=64, width=width)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("kvpolicy_vllm.engine.request_policy", lambda _, found=policy: found)
+            patch.setattr("kvpolicy_vllm.engine.request_policy", lambda *_, found=policy: found)
             assert (engine.requested_policy(SamplingParams()) == policy) is expected
 
 

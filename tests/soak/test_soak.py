@@ -29,6 +29,7 @@ pytestmark = [pytest.mark.soak, pytest.mark.vllm]
 
 SETTINGS = [
     "--kv-policy-log",
+    "--kv-policy-allow=h2o,window,sinks,tova,random",
     "--block-size=32",
     "--num-gpu-blocks-override=41",  # a quarter of what 16 requests of 9 blocks would hold
     "--max-num-seqs=16",
