@@ -85,13 +85,23 @@ def indices(text: str) -> list[int]:
 def with_baselines(specs: Sequence[str]) -> list[CachePolicy]:
     """Parse specs and put the full cache, and sinks at each budget, before them.
 
+    Sinks treat prompts as the policy of that budget does, so that both are compared on the same
+    steps.
+
     Raises:
         PolicyError: A spec is wrong.
     """
     asked = [parse(spec) for spec in specs]
-    budgets = {p.budget: None for p in asked if isinstance(p, EvictionPolicy)}
-    sinks = [parse(f"sinks:budget={budget}") for budget in budgets if budget > 4]
+    sinks = [
+        parse(f"sinks:budget={policy.budget}{_PROMPTS[policy.occupancy.prompts]}")
+        for policy in asked
+        if isinstance(policy, EvictionPolicy) and policy.budget > 4
+    ]
     return list(dict.fromkeys([parse("full"), *sinks, *asked]))
+
+
+_PROMPTS = {"stream": "", "bulk": ",prefill=bulk", "keep": ",protect=prompt"}
+"""How a spec says what a law makes of prompts."""
 
 
 def require(package: str) -> None:

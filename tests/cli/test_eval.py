@@ -46,6 +46,18 @@ def evaluate(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
         (["full"], ["full"]),
         (["window:budget=4"], ["full", "window:budget=4"]),
         (
+            ["h2o:budget=8,protect=prompt", "snapkv:budget=8,window=2", "knorm:budget=8"],
+            [
+                "full",
+                "sinks:budget=8,protect=prompt",
+                "sinks:budget=8,prefill=bulk",
+                "sinks:budget=8",
+                "h2o:budget=8,protect=prompt",
+                "snapkv:budget=8,window=2",
+                "knorm:budget=8",
+            ],
+        ),
+        (
             ["tova:budget=8", "h2o:budget=8", "tova:budget=9"],
             [
                 "full",
@@ -128,7 +140,7 @@ def test_a_prompt_is_read_densely_and_not_scored(
     arguments = ("--text", str(text), "--context", "128", "--prompt-len", "96")
     specs = [f"h2o:budget=16,{x}" for x in ("prefill=bulk", "prefill=stream", "protect=prompt")]
     result = evaluate(capsys, "--policy", *specs, "window:budget=32,protect=prompt", *arguments)
-    full, _, _, bulk, stream, kept, whole = result["results"]
+    full, *_, bulk, stream, kept, whole = result["results"]
     windows = full["tokens"] // 32
     assert all(entry["tokens"] == 32 * windows for entry in result["results"])
     assert 0 < kept["logit_kl"] < bulk["logit_kl"] < stream["logit_kl"]
@@ -155,7 +167,7 @@ def test_passkeys_are_asked_within_the_prompt(capsys: pytest.CaptureFixture[str]
     specs = ("window:budget=64,protect=prompt", "h2o:budget=64,prefill=bulk", "window:budget=64")
     arguments = ("--task", "passkey", "--context", "256", "--samples", "8")
     result = evaluate(capsys, "--policy", *specs, *arguments)
-    full, _, kept, bulk, window = result["results"]
+    full, *_, kept, bulk, window = result["results"]
     assert kept["passkey"] == full["passkey"] == 1.0
     assert bulk["passkey"] >= window["passkey"]
     assert window["bytes_per_request"] < bulk["bytes_per_request"] < kept["bytes_per_request"]
