@@ -20,6 +20,11 @@ TESTED = {
     "mistral": "MistralAttention",
     "qwen3": "Qwen3Attention",
     "gemma": "GemmaAttention",
+    "qwen2": "Qwen2Attention",
+    "qwen3_moe": "Qwen3MoeAttention",
+    "mixtral": "MixtralAttention",
+    "phi": "PhiAttention",
+    "phi3": "Phi3Attention",
 }
 """Model types that are tested against the oracle, and their attention modules."""
 

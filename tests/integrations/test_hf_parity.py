@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from fixtures.caches import small_llama
+from fixtures.families import FAMILIES as FURTHER
 from fixtures.models import (
     SMALL_SHAPE,
     CertifiedPrompt,
@@ -95,6 +96,20 @@ def test_generate_gives_the_oracles_tokens_and_sets(spec: str) -> None:
 def test_every_supported_family_equals_the_oracle(family: str, spec: str) -> None:
     """Proves QK-norm, Gemma's norms, MHA, GQA and MQA change nothing about the policy."""
     model = FAMILIES[family]()
+    [prompt] = certified_prompts(model, [spec], [PROMPT], max_new_tokens=NEW)
+    past = PolicyCache(model, spec)
+    ids = model.generate(
+        torch.tensor([prompt.ids]), past_key_values=past, max_new_tokens=NEW, do_sample=False
+    )
+    assert ids[0, PROMPT:].tolist() == prompt.run.tokens
+    assert retained(past) == prompt.run.retained
+
+
+@pytest.mark.parametrize("family", FURTHER)
+@pytest.mark.parametrize("spec", ["h2o:budget=16", "tova:budget=16", "random:budget=16,interval=5"])
+def test_every_further_family_equals_the_oracles_attention(family: str, spec: str) -> None:
+    """Proves biases, experts, fused projections and partly rotated heads change nothing."""
+    model = FURTHER[family]()
     [prompt] = certified_prompts(model, [spec], [PROMPT], max_new_tokens=NEW)
     past = PolicyCache(model, spec)
     ids = model.generate(

@@ -7,6 +7,7 @@ Axes: H query heads, H_kv KV heads, T tokens, D head_dim.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -102,7 +103,54 @@ class GreedyRun:
     near_ties: int
 
 
-class ModelOracle:
+class ClosedLoop(ABC):
+    """A whole model over one sequence, which continues from its own answers."""
+
+    @property
+    @abstractmethod
+    def attentions(self) -> list[LayerOracle]:
+        """The layers under the policy."""
+
+    @abstractmethod
+    def feed(self, token_id: int) -> Array:
+        """Append one token and return the logits after it, [vocab]."""
+
+    def greedy(self, prompt_ids: Sequence[int], max_new_tokens: int) -> Iterator[Array]:
+        """Feed the prompt, then the best token each time; yield the logits after each token."""
+        ids = list(prompt_ids)
+        for step in range(len(prompt_ids) + max_new_tokens - 1):
+            logits = self.feed(ids[step])
+            if step + 1 == len(ids):
+                ids.append(int(logits.argmax()))
+            yield logits
+
+    def generate(self, prompt_ids: Sequence[int], max_new_tokens: int) -> GreedyRun:
+        """Run a whole greedy generation."""
+        return self.summarise(list(self.greedy(prompt_ids, max_new_tokens))[-max_new_tokens:])
+
+    def summarise(self, logits: Sequence[Array]) -> GreedyRun:
+        """Describe the generation that these logits decided, one per new token."""
+        tokens = [int(row.argmax()) for row in logits]
+        margins = [logit_margin(row) for row in logits]
+        return GreedyRun(tokens, margins, self.retained, self.min_margin, self.near_ties)
+
+    @property
+    def retained(self) -> list[Retained]:
+        """Positions held now, per layer and KV head."""
+        return [attention.retained for attention in self.attentions]
+
+    @property
+    def min_margin(self) -> float:
+        """The closest eviction so far in any layer."""
+        return min(attention.min_margin for attention in self.attentions)
+
+    @property
+    def near_ties(self) -> int:
+        """How often a host's choice was adopted."""
+        return sum(attention.near_ties for attention in self.attentions)
+
+
+class ModelOracle(ClosedLoop):
     """A whole model over one sequence.
 
     Args:
@@ -155,39 +203,10 @@ class ModelOracle:
             x = layer.step(x, host_retained[index] if host_retained is not None else None)
         return self.lm_head(self.norm(x))
 
-    def greedy(self, prompt_ids: Sequence[int], max_new_tokens: int) -> Iterator[Array]:
-        """Feed the prompt, then the best token each time; yield the logits after each token."""
-        ids = list(prompt_ids)
-        for step in range(len(prompt_ids) + max_new_tokens - 1):
-            logits = self.feed(ids[step])
-            if step + 1 == len(ids):
-                ids.append(int(logits.argmax()))
-            yield logits
-
-    def generate(self, prompt_ids: Sequence[int], max_new_tokens: int) -> GreedyRun:
-        """Run a whole greedy generation."""
-        return self.summarise(list(self.greedy(prompt_ids, max_new_tokens))[-max_new_tokens:])
-
-    def summarise(self, logits: Sequence[Array]) -> GreedyRun:
-        """Describe the generation that these logits decided, one per new token."""
-        tokens = [int(row.argmax()) for row in logits]
-        margins = [logit_margin(row) for row in logits]
-        return GreedyRun(tokens, margins, self.retained, self.min_margin, self.near_ties)
-
     @property
-    def retained(self) -> list[Retained]:
-        """Positions held now, per layer and KV head."""
-        return [layer.attention.retained for layer in self.layers]
-
-    @property
-    def min_margin(self) -> float:
-        """The closest eviction so far in any layer."""
-        return min(layer.attention.min_margin for layer in self.layers)
-
-    @property
-    def near_ties(self) -> int:
-        """How often a host's choice was adopted."""
-        return sum(layer.attention.near_ties for layer in self.layers)
+    def attentions(self) -> list[LayerOracle]:
+        """Every layer."""
+        return [layer.attention for layer in self.layers]
 
 
 def check_is_supported(config: Any) -> None:
