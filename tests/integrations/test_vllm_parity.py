@@ -6,19 +6,20 @@ from transformers import PreTrainedModel
 from vllm import LLM
 
 from fixtures.engines import (
-    Reference,
+    Cases,
     assert_equals_reference,
     generate,
+    preemptions,
     reference,
     start_engine,
 )
-from fixtures.models import certified_prompts, random_llama, random_prompt, save_model
+from fixtures.models import random_llama, random_prompt, save_model
 from kvpolicy_vllm import backend, execution
 
 pytestmark = pytest.mark.vllm
 
-NUM_TOKENS = 20
-LENGTHS = (9, 30, 47, 61, 75, 83, 97, 120)
+NUM_TOKENS = Cases.num_tokens
+LENGTHS = Cases.lengths
 SPECS = (
     "full",
     "window:budget=48",
@@ -36,28 +37,6 @@ SCHEDULES = {
     "chunks of 128": {"max_num_batched_tokens": 128},
     "chunks of 32": {"max_num_batched_tokens": 32},
 }
-
-
-class Cases:
-    """Certified prompts and transformers' answers, made once per policy."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self.answers: dict[str, list[tuple[list[int], Reference]]] = {}
-
-    def of(self, spec: str) -> list[tuple[list[int], Reference]]:
-        """Eight prompts of unequal lengths with what must come out."""
-        if spec not in self.answers:
-            self.answers[spec] = [self._case(spec, length) for length in LENGTHS]
-        return self.answers[spec]
-
-    def _case(self, spec: str, length: int) -> tuple[list[int], Reference]:
-        [certified] = certified_prompts(
-            self.model, [spec], [length], max_new_tokens=NUM_TOKENS, first_seed=100 * length
-        )
-        expected = reference(self.model, spec, certified.ids, NUM_TOKENS)
-        assert expected.tokens == list(certified.run.tokens), "transformers differs from the oracle"
-        return certified.ids, expected
 
 
 @pytest.fixture(scope="module")
@@ -147,19 +126,10 @@ def test_preemption_and_recompute_change_nothing(path, cases, server, num_blocks
         max_model_len=160,
         max_num_batched_tokens=64,
     )
-    scheduler = engine.llm_engine.engine_core.engine_core.scheduler
-    preempted: list[str] = []
-    original = scheduler._preempt_request
-
-    def preempt(request, *args, **kwargs):
-        preempted.append(request.request_id)
-        return original(request, *args, **kwargs)
-
-    scheduler._preempt_request = preempt
     for spec in specs:
-        preempted.clear()
         prompts, expected = zip(*cases.of(spec), strict=True)
-        outputs = generate(engine, prompts, NUM_TOKENS, spec)
+        with preemptions(engine) as preempted:
+            outputs = generate(engine, prompts, NUM_TOKENS, spec)
         for output, answer in zip(outputs, expected, strict=True):
             assert_equals_reference(engine, output, answer)
         assert preempted, f"the pool was large enough for everyone under {spec}"
