@@ -6,7 +6,7 @@ tokens. A memory of plain numbers fills whole blocks, so that vLLM's kernel can 
 behind them as they are.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvpolicy import CachePolicy, Occupancy, UnsupportedError
 from kvpolicy.footprint import floats_beside, law_in_pages
@@ -43,11 +43,25 @@ class Allotment:
         law: The policy's occupancy law, with all slots that its memory takes as state slots.
         cells: Memory slots at the front of the first block; they are cells of the cache.
         state_blocks: Whole blocks at the front that hold a memory's numbers.
+        kept: Tokens of a prompt that is never evicted from, in the first slots.
     """
 
     law: Occupancy
     cells: int = 0
     state_blocks: int = 0
+    kept: int = 0
+
+    def of_prompt(self, prompt_tokens: int) -> "Allotment":
+        """That of a request with a prompt of this many tokens."""
+        if not self.law.needs_prompt:
+            return self
+        kept = prompt_tokens if self.law.prompts == "keep" else 0
+        return replace(self, law=self.law.of_prompt(prompt_tokens), kept=kept)
+
+    @property
+    def prompt(self) -> int:
+        """Tokens of the prompt if the law sets it apart, otherwise 0."""
+        return self.kept or self.law.prompt_tokens or 0
 
 
 def memory_policy(policy: CachePolicy) -> MemoryPolicy | None:

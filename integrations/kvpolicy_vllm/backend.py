@@ -159,15 +159,21 @@ class RetentionMetadataBuilder(CPUAttentionMetadataBuilder):
         """The rows of requests; dummy rows of warm-up own no blocks."""
         starts = common.query_start_loc_cpu.tolist()
         lengths = common.seq_lens.tolist()
-        first_blocks = common.block_table_tensor[:, 0].tolist()
+        table = common.block_table_tensor
+        first_blocks = table[:, 0].tolist()
         rows: list[Row] = []
         for index in range(common.num_reqs):
             count = starts[index + 1] - starts[index]
             if count == 0 or first_blocks[index] == NULL_BLOCK:
                 continue
             policy, total = self.engine.policy_of_row(index), lengths[index]
-            request_id = self.engine.request_id_of_row(index, first_blocks[index])
             allotment, seen = self.engine.allotment_of(policy), total - count
+            if allotment.law.needs_prompt:
+                allotment = allotment.of_prompt(self.engine.prompt_of_row(index))
+            # Blocks before that of the first token behind a kept prompt may be shared.
+            own = min(allotment.kept, total - 1) // self.block_size
+            block = first_blocks[index] if own == 0 else int(table[index, own])
+            request_id = self.engine.request_id_of_row(index, block)
             account = self.engine.book.post(request_id, policy, allotment, seen=seen, total=total)
             rows.append(Row(index, policy, starts[index], count, seen, account))
         return rows

@@ -119,10 +119,11 @@ class Book:
     ) -> Account:
         """The account of a request that advances from `seen` to `total` tokens.
 
-        A request that starts over, after preemption, gets a new account.
+        A request that starts over, after preemption, gets a new account. Where prompts are kept
+        it may do so behind blocks of its prompt that it found in the prefix cache.
         """
         account = self.accounts.get(request_id)
-        if account is None or seen == 0:
+        if account is None or seen <= allotment.kept:
             if account is not None:
                 self._check(request_id, account)
             account = self.accounts[request_id] = Account(policy, allotment)
@@ -155,7 +156,7 @@ class Book:
     def _check(self, name: str, account: Account) -> bool:
         """Whether what was evicted is the occupancy law's figure; a fault is noted if not."""
         try:
-            self._ledger(account, ()).check(account.policy.occupancy)
+            self._ledger(account, ()).check(account.allotment.law)
         except LedgerError as error:
             self.faults.append(f"request {name}: {error}")
             logger.error("kvpolicy: %s", self.faults[-1])
@@ -181,7 +182,7 @@ class Book:
             bytes_held=num_blocks * self.page_bytes * num_layers,
             bytes_saved=(full_blocks * self.full_page_bytes - num_blocks * self.page_bytes)
             * num_layers,
-            evictions=int(evicted // policy.occupancy.interval),
+            evictions=account.allotment.law.evictions(account.tokens),
             policy_seconds=account.policy_seconds,
             merged=_merged(account, blocks, evicted) if blocks else 0,
             allotted_by=self.allotted_by,
@@ -222,7 +223,7 @@ class Book:
         ledgers = dict(self.ledgers)
         for request_id, blocks in open_blocks.items():
             account = self.accounts[request_id]
-            ledger = self._ledger(account, blocks).check(account.policy.occupancy)
+            ledger = self._ledger(account, blocks).check(account.allotment.law)
             ledgers[external_id(request_id)] = ledger
         requests = {name: ledger.as_dict() for name, ledger in ledgers.items()}
         totals = {key: sum(entry[key] for entry in requests.values()) for key in _SUMMED}

@@ -108,10 +108,6 @@ def check_policy(policy: CachePolicy) -> None:
     Raises:
         UnsupportedError: With the setting to change.
     """
-    if policy.occupancy.prompts != "stream":
-        raise UnsupportedError(
-            f"{policy}: vLLM runs prefill=stream only; drop prefill=bulk and protect=prompt"
-        )
     remembering = memory_policy(policy)
     if remembering is not None and remembering.needs_decoder:
         raise UnsupportedError(
@@ -167,15 +163,21 @@ def _check_recorded(vllm_config: "VllmConfig", capture: Capture) -> None:
             raise PolicyError(
                 f"capture: {what} has {asked[-1]}, but the model's go from 0 to {count - 1}"
             )
-    from vllm.utils.import_utils import resolve_obj_by_qualname
-
-    from kvpolicy_vllm.worker import PolicyWorker
-
-    if not issubclass(resolve_obj_by_qualname(parallel.worker_cls), PolicyWorker):
+    if not _knows_requests(vllm_config):
         raise UnsupportedError(
             f"{CAPTURE_KEY} needs a worker that knows requests by id; use "
             f"engine_args(SPEC, capture=...), or set worker_cls={WORKER!r}"
         )
+
+
+def _knows_requests(vllm_config: "VllmConfig") -> bool:
+    """Whether the engine's workers know requests by id."""
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    from kvpolicy_vllm.worker import PolicyWorker
+
+    worker = resolve_obj_by_qualname(vllm_config.parallel_config.worker_cls)
+    return issubclass(worker, PolicyWorker)
 
 
 def check_request(policy: CachePolicy, server: CachePolicy) -> None:
@@ -185,6 +187,7 @@ def check_request(policy: CachePolicy, server: CachePolicy) -> None:
         PolicyError: It needs more slots than the server allots, or other positions.
     """
     check_policy(policy)
+    _check_prompts(policy, server)
     _check_room(policy, server)
     for key in ("rope", "rope_beyond"):
         asked = getattr(policy, key, None)
@@ -194,6 +197,23 @@ def check_request(policy: CachePolicy, server: CachePolicy) -> None:
                 f"{policy}: requests share the server's {key}={given}; "
                 f"got {key}={asked}, leave it out or start a server with it"
             )
+
+
+def _check_prompts(policy: CachePolicy, server: CachePolicy) -> None:
+    """Refuse a request's policy that treats its prompt as the server's blocks do not allow."""
+    asked, given = policy.occupancy.prompts, server.occupancy.prompts
+    if given == "keep" and asked != "keep":
+        raise PolicyError(
+            f"{policy} would rewrite blocks of its prompt, which requests of the server's {server} "
+            "share; add protect=prompt, or start a server without it"
+        )
+    if asked in ("stream", given) or keeps_everything(server):
+        return
+    setting = "prefill=bulk" if asked == "bulk" else "protect=prompt"
+    raise PolicyError(
+        f"{policy} holds its whole prompt, for which the server's {server} allots no blocks; "
+        f"drop {setting}, or start a server with it"
+    )
 
 
 def _check_room(policy: CachePolicy, server: CachePolicy) -> None:
@@ -311,6 +331,11 @@ def _conflicts(vllm_config: "VllmConfig") -> list[tuple[bool, str, str]]:
             cache.cache_dtype not in ("auto", "float16", "bfloat16", "float32"),
             f"a quantised KV cache ({cache.cache_dtype})",
             "use --kv-cache-dtype auto",
+        ),
+        (
+            model.enable_prompt_embeds and not _knows_requests(vllm_config),
+            "prompts as embeddings (a prompt's length would not be known)",
+            f"use engine_args(SPEC), or set worker_cls={WORKER!r}",
         ),
         (model.use_mla, "multi-head latent attention", "choose a model with plain attention"),
         (model.is_encoder_decoder, "encoder-decoder models", "choose a decoder-only model"),

@@ -1,8 +1,8 @@
 """What one engine's worker shares between attention, batch tracking and ledgers."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 from vllm.logger import init_logger
@@ -50,6 +50,9 @@ class Engine:
         book: Accounts of its requests.
         allowed: Names of the policies that requests may bring.
         rows: Policies that requests asked for, by row of the running batch.
+        prompts: Tokens of the prompts, by row of the running batch.
+        named_prompts: Tokens of the prompts, by request, where these are known. A session may
+            lengthen its prompt later; its law follows the first one.
         has_layers: Whether a layer has been built with this host's attention.
         page: What a block holds of one head; None before vLLM has made its pages.
         scratch: Memory that all layers use in turn.
@@ -63,6 +66,8 @@ class Engine:
     book: Book = field(default_factory=Book)
     allowed: tuple[str, ...] = ()
     rows: dict[int, CachePolicy] = field(default_factory=dict)
+    prompts: dict[int, int] = field(default_factory=dict)
+    named_prompts: dict[str, int] = field(default_factory=dict)
     has_layers: bool = False
     page: PageShape | None = None
     scratch: Scratch = field(default_factory=Scratch)
@@ -92,22 +97,34 @@ class Engine:
         """The engine of a configuration; None when it runs stock vLLM."""
         return _engines.get(vllm_config.instance_id)
 
-    def request_id_of_row(self, row: int, first_block: int) -> str:
-        """Name of the request in a row: vLLM's id, or its first block where that is unknown."""
+    def request_id_of_row(self, row: int, block: int) -> str:
+        """Name of the request in a row: vLLM's id, or a block of its own where that is unknown."""
         if self.runner is None:
-            return f"block {first_block}"
+            return f"block {block}"
         return self.runner.input_batch.req_ids[row]
 
     def blocks_of(self, request_id: str) -> list[int]:
-        """Physical blocks of a request that the model runner still knows."""
+        """Physical blocks of a request that the model runner still knows.
+
+        The model runner is not told which blocks went back to the pool after a prompt.
+        """
         assert self.runner is not None, "only asked for where requests are known"
-        return list(self.runner.requests[request_id].block_ids[0])
+        blocks = list(self.runner.requests[request_id].block_ids[0])
+        if self.policy.occupancy.prompts != "bulk":
+            return blocks
+        assert self.page is not None, "requests come after vLLM has made its pages"
+        prompt = self.runner.requests[request_id].num_prompt_tokens
+        prompt = self.named_prompts.get(request_id, prompt)
+        law = self.allotment_of(self.policy).of_prompt(prompt).law
+        tokens = self.book.accounts[request_id].tokens
+        return blocks[: law.num_blocks(tokens, self.page.block_size)]
 
     def close(self, request_ids: Iterable[str]) -> None:
         """Close the accounts of requests while their pages still stand."""
         for request_id in request_ids:
             if request_id in self.book.accounts:
                 self.book.close(request_id, self.blocks_of(request_id))
+            self.named_prompts.pop(request_id, None)
 
     def show(self) -> None:
         """Bring the figures of running requests up to date, if it is time."""
@@ -150,13 +167,20 @@ class Engine:
             found = self._allotments[policy] = allotment_of(policy, self.page)
         return found
 
+    def prompt_of_row(self, row: int) -> int:
+        """Tokens of the prompt of a row of the running batch, also after preemption."""
+        if self.runner is None:
+            return self.prompts[row]
+        batch = self.runner.input_batch
+        return self.named_prompts.setdefault(batch.req_ids[row], int(batch.num_prompt_tokens[row]))
+
     @property
     def keeps_numbers(self) -> bool:
         """Whether requests may leave a memory's numbers behind in blocks."""
         return self.allotment_of(self.policy).state_blocks > 0
 
     def follow(self, update: "BatchUpdate") -> None:
-        """Keep every row's policy with its request: removed, then added, then moved rows.
+        """Keep what is known of rows with their requests: removed, then added, then moved rows.
 
         Raises:
             UnsupportedError: No attention layer carries the policy.
@@ -166,21 +190,9 @@ class Engine:
                 f"kv_policy={self.policy} is configured but vLLM chose an attention backend "
                 "without it; on this platform only CPU_ATTN carries policies"
             )
-        for row in update.removed:
-            self.rows.pop(row, None)
-        for row, params, *_ in update.added:
-            self._put(row, self.requested_policy(params))
-        for source, target, direction in update.moved:
-            moved, replaced = self.rows.pop(source, None), self.rows.pop(target, None)
-            self._put(target, moved)
-            if direction.name == "SWAP":
-                self._put(source, replaced)
-
-    def _put(self, row: int, policy: CachePolicy | None) -> None:
-        """Set a row's policy; None means the server's."""
-        self.rows.pop(row, None)
-        if policy is not None:
-            self.rows[row] = policy
+        policies = {row: self.requested_policy(params) for row, params, *_ in update.added}
+        _follow(self.rows, policies, update)
+        _follow(self.prompts, {row: len(ids or ()) for row, _, ids, _ in update.added}, update)
 
     def _require_room(self, policy: CachePolicy) -> None:
         """Refuse a request's policy whose memory of numbers is larger than the server's.
@@ -211,3 +223,22 @@ class Engine:
             logger.warning("kvpolicy: %s; the request runs under %s", error, self.policy)
             return None
         return policy
+
+
+def _follow(rows: dict[int, Any], added: Mapping[int, Any], update: "BatchUpdate") -> None:
+    """Bring what is known by row up to date; None where nothing is known of a row."""
+
+    def put(row: int, value: Any) -> None:
+        rows.pop(row, None)
+        if value is not None:
+            rows[row] = value
+
+    for row in update.removed:
+        rows.pop(row, None)
+    for row, value in added.items():
+        put(row, value)
+    for source, target, direction in update.moved:
+        moved, replaced = rows.pop(source, None), rows.pop(target, None)
+        put(target, moved)
+        if direction.name == "SWAP":
+            put(source, replaced)

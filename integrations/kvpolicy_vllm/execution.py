@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kvpolicy.attention import AttentionLayer
 from kvpolicy.lookahead import extend
@@ -129,27 +130,31 @@ def _accumulate(decision: Decision, layer: AttentionLayer, pages: Pages, weights
     ages = layer.window_ages(*zip(*((row.law, row.total) for row in decision.rows), strict=True))
     ages = None if ages is None else ages.view(-1, 1, 1)
     after = layer.fold(before, weights[:, :, None], decision.visible.view(-1, 1, 1), ages)
-    put_rows(pages.accumulated, decision.blocks, after)
+    put_rows(pages.accumulated, decision.written, after)
 
 
 def _parts(decision: Decision) -> list[list[int]]:
     """The rows that are due, no more at once than may have their keys or values copied."""
-    due, step = decision.due, len(decision.due)
-    if due and {"keys", "values"} & set(decision.policy.needs):
-        step = max(1, MAX_READ // int(decision.visible[due[0]]))
-    return [due[first : first + step] for first in range(0, len(due), step or 1)]
+    if not {"keys", "values"} & set(decision.policy.needs):
+        return decision.due
+    parts: list[list[int]] = []
+    for due in decision.due:
+        step = max(1, MAX_READ // decision.rows[due[0]].visible)
+        parts += [due[first : first + step] for first in range(0, len(due), step)]
+    return parts
 
 
 def _evict(
     decision: Decision,
-    rows: list[int],
+    indices: list[int],
     layer: AttentionLayer,
     pages: Pages,
     weights: Tensor | None,
 ) -> None:
-    """Choose the victims of rows that are due and fill the holes they leave."""
-    due, needs = torch.tensor(rows), decision.policy.needs
-    blocks, capacity = decision.blocks[due], int(decision.visible[due[0]])
+    """Choose the victims of rows that show and drop equally many slots, and fill the holes."""
+    due, rows = torch.tensor(indices), [decision.rows[index] for index in indices]
+    blocks, capacity, surplus = decision.blocks[due], rows[0].visible, rows[0].surplus
+    needs = decision.policy.needs
     positions = rows_of(pages.positions, blocks, capacity).long()
     view = layer.view(
         positions=positions,
@@ -160,12 +165,12 @@ def _evict(
         accumulated=rows_of(pages.accumulated, blocks, capacity) if layer.accumulates else None,
         keys=pages.read_keys(blocks)[:, :, :capacity] if "keys" in needs else None,
         values=pages.read_values(blocks)[:, :, :capacity] if "values" in needs else None,
+        prompts=[row.allotment.kept for row in rows],
     )
-    surplus = layer.occupancy.interval
     victims = select_victims(decision.policy, view, surplus)
     fill_holes(pages, blocks, victims, capacity - surplus)
     for row, dropped in zip(rows, victims.sum(dim=(1, 2)).tolist(), strict=True):
-        decision.rows[row].account.evicted_cells += dropped
+        row.account.evicted_cells += dropped
 
 
 def fill_holes(pages: Pages, blocks: Tensor, victims: Tensor, retained: int) -> None:
@@ -236,6 +241,7 @@ def _load(part: Walk, pages: Pages, memory: PagedMemory | None) -> Slots:
         positions=rows_of(pages.positions, blocks, capacity)[..., cells:].long(),
         accumulated=rows_of(pages.accumulated, blocks, capacity)[..., cells:],
         tokens=[row.seen for row in part.rows],
+        prompts=[row.allotment.prompt for row in part.rows],
     )
     if memory is None:
         return slots
@@ -249,7 +255,11 @@ def _load(part: Walk, pages: Pages, memory: PagedMemory | None) -> Slots:
 
 
 def _store(part: Walk, slots: Slots, pages: Pages, memory: PagedMemory | None) -> None:
-    """Write the rows' slots and memory back into their blocks."""
+    """Write the rows' slots and memory back into their blocks.
+
+    Blocks that hold nothing but a prompt that is kept may be shared: they stay untouched. So do
+    blocks behind the slots, which a prompt leaves when it ends.
+    """
     keys, values, blocks = slots.keys, slots.values, part.token_blocks
     positions, accumulated = slots.positions, slots.accumulated
     if memory is not None and slots.memory is not None:
@@ -263,9 +273,13 @@ def _store(part: Walk, slots: Slots, pages: Pages, memory: PagedMemory | None) -
             accumulated = torch.cat([remembered.mass, accumulated], dim=-1)
         else:
             memory.store_numbers(part.blocks, slots.memory)
+    size, num_slots = pages.block_size, keys.shape[2]
+    shared, count = part.rows[0].allotment.kept // size, -(-num_slots // size)
+    blocks, first, missing = blocks[:, shared:count], shared * size, count * size - num_slots
+    keys, values = (pad(x[:, :, first:], (0, 0, 0, missing)) for x in (keys, values))
     pages.write_blocks(blocks, keys, values)
-    put_rows(pages.positions, blocks, positions.int())
-    put_rows(pages.accumulated, blocks, accumulated)
+    put_rows(pages.positions, blocks, positions[..., first:].int())
+    put_rows(pages.accumulated, blocks, accumulated[..., first:])
 
 
 def log_sum_exp(

@@ -12,7 +12,7 @@ vLLM's kernel, and a memory of numbers after that kernel.
 Axes: R rows, n blocks per row, T tokens of the batch.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -61,6 +61,11 @@ class Row:
         return self.allotment.law
 
     @property
+    def is_kept(self) -> bool:
+        """Whether all of its tokens are of a prompt that is never evicted from."""
+        return self.total <= self.allotment.kept
+
+    @property
     def last_token(self) -> int:
         """Index of its last token in the batch."""
         return self.first_token + self.num_tokens - 1
@@ -76,9 +81,14 @@ class Row:
         return self.law.held(self.total - 1) + 1
 
     @property
+    def surplus(self) -> int:
+        """Token slots that an eviction drops after the last token; 0 if none is due."""
+        return self.law.surplus(self.total)
+
+    @property
     def is_due(self) -> bool:
         """Whether an eviction follows the last token."""
-        return self.law.is_due(self.total)
+        return self.surplus > 0
 
     @property
     def memory(self) -> MemoryPolicy | None:
@@ -88,6 +98,8 @@ class Row:
     @property
     def stays_in_place(self) -> bool:
         """Whether the row's slots stay as they are, but for those of its new tokens."""
+        if self.is_kept:
+            return True
         policy, due = self.policy, self.law.next_due(self.seen)
         if due is not None and due < self.total:
             return False
@@ -95,7 +107,7 @@ class Row:
             return True
         if policy.observes_every_token:
             return False
-        if policy.rope == "reindex" and policy.occupancy.evicted(self.total - 1) > 0:
+        if policy.rope == "reindex" and self.law.evicted(self.total - 1) > 0:
             return False
         if self.memory is not None:
             return self._only_reads(self.memory)
@@ -167,7 +179,9 @@ class Decision:
         blocks: [R, n] blocks that hold visible slots.
         visible: [R] slots that the newest token attends to.
         totals: [R] tokens seen.
-        due: Indices, among `rows`, of those that evict now.
+        due: Indices, among `rows`, of those that evict now, by slots visible and to be dropped.
+        written: Like `blocks`, but for those that hold nothing but a prompt that is kept: they
+            may be shared, and the null block stands for them.
     """
 
     policy: EvictionPolicy
@@ -176,7 +190,13 @@ class Decision:
     blocks: Tensor
     visible: Tensor
     totals: Tensor
-    due: list[int]
+    due: list[list[int]]
+    written: Tensor
+
+    @property
+    def prompts(self) -> list[int]:
+        """Tokens of each row's prompt if that is kept."""
+        return [row.allotment.kept for row in self.rows]
 
 
 @dataclass(frozen=True)
@@ -208,7 +228,7 @@ class Walk:
 
     Attributes:
         policy: Their policy.
-        rows: The rows, equal in tokens seen and in number of new tokens.
+        rows: The rows, equal in allotment, in tokens seen and in number of new tokens.
         tokens: [R, Q] indices of their tokens in the batch.
         blocks: [R, n] all blocks that they use.
     """
@@ -256,6 +276,7 @@ def make_plan(rows: list[Row], block_table: Tensor, block_size: int, num_tokens:
         block_size: Slots of a block.
         num_tokens: Tokens of the batch.
     """
+    rows = [part for row in rows for part in _apart(row)]
     staying = [row for row in rows if row.stays_in_place]
     walking = [row for row in rows if not row.stays_in_place]
     attending = [row for row in staying if not row.has_slot_memory]
@@ -268,6 +289,26 @@ def make_plan(rows: list[Row], block_table: Tensor, block_size: int, num_tokens:
         recollections=_recollections(staying, block_table, block_size),
         walks=_walks(walking, block_table, block_size),
     )
+
+
+def _apart(row: Row) -> list[Row]:
+    """A row in two where it goes past a prompt that is kept.
+
+    Blocks of the prompt may be read by other rows of the same forward, which find them in the
+    prefix cache, so that its tokens are placed before anything is attended.
+    """
+    count = row.allotment.kept - row.seen
+    if not 0 < count < row.num_tokens:
+        return [row]
+    return [
+        replace(row, num_tokens=count),
+        replace(
+            row,
+            first_token=row.first_token + count,
+            num_tokens=row.num_tokens - count,
+            seen=row.seen + count,
+        ),
+    ]
 
 
 def _entered(rows: list[Row], block_table: Tensor, block_size: int) -> Tensor:
@@ -335,20 +376,45 @@ def _decisions(rows: list[Row], block_table: Tensor, block_size: int) -> list[De
     groups: dict[EvictionPolicy, list[Row]] = {}
     for row in rows:
         policy = row.policy
-        if isinstance(policy, EvictionPolicy) and ("accumulated" in policy.needs or row.is_due):
+        if (
+            isinstance(policy, EvictionPolicy)
+            and not row.is_kept
+            and ("accumulated" in policy.needs or row.is_due)
+        ):
             groups.setdefault(policy, []).append(row)
-    return [
-        Decision(
-            policy=policy,
-            rows=members,
-            last_tokens=torch.tensor([row.last_token for row in members]),
-            blocks=_own_blocks(members, block_table, block_size),
-            visible=torch.tensor([row.visible for row in members]),
-            totals=torch.tensor([row.total for row in members]),
-            due=[i for i, row in enumerate(members) if row.is_due],
+    decisions: list[Decision] = []
+    for policy, members in groups.items():
+        blocks = _own_blocks(members, block_table, block_size)
+        decisions.append(
+            Decision(
+                policy=policy,
+                rows=members,
+                last_tokens=torch.tensor([row.last_token for row in members]),
+                blocks=blocks,
+                visible=torch.tensor([row.visible for row in members]),
+                totals=torch.tensor([row.total for row in members]),
+                due=_due_together(members),
+                written=_without_prompts(members, blocks, block_size),
+            )
         )
-        for policy, members in groups.items()
-    ]
+    return decisions
+
+
+def _due_together(rows: list[Row]) -> list[list[int]]:
+    """Indices of rows that evict now, by the slots that they show and drop."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for index, row in enumerate(rows):
+        if surplus := row.surplus:
+            groups.setdefault((row.visible, surplus), []).append(index)
+    return list(groups.values())
+
+
+def _without_prompts(rows: list[Row], blocks: Tensor, block_size: int) -> Tensor:
+    """Blocks [R, n] with the null block for those that only hold a prompt that is kept."""
+    shared = torch.tensor([row.allotment.kept // block_size for row in rows])
+    if not bool(shared.any()):
+        return blocks
+    return blocks.where(torch.arange(blocks.shape[1]) >= shared[:, None], NULL_BLOCK)
 
 
 def _recollections(rows: list[Row], block_table: Tensor, block_size: int) -> list[Recollection]:
@@ -393,13 +459,15 @@ def _own_blocks(rows: list[Row], block_table: Tensor, block_size: int) -> Tensor
 
 
 def _walks(rows: list[Row], block_table: Tensor, block_size: int) -> list[Walk]:
-    """Group rows that are equal in policy, tokens seen and new tokens."""
-    groups: dict[tuple[CachePolicy, int, int], list[Row]] = {}
+    """Group rows that are equal in policy, allotment, tokens seen and new tokens."""
+    groups: dict[tuple[CachePolicy, Allotment, int, int], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row.policy, row.seen, row.num_tokens), []).append(row)
+        key = (row.policy, row.allotment, row.seen, row.num_tokens)
+        groups.setdefault(key, []).append(row)
     walks: list[Walk] = []
-    for (policy, seen, count), members in groups.items():
-        num_blocks = members[0].law.num_blocks(seen + count, block_size)
+    for (policy, allotment, seen, count), members in groups.items():
+        # A prompt that ends within the tokens leaves more blocks behind than it needs.
+        num_blocks = max(allotment.law.num_blocks(n, block_size) for n in (seen, seen + count))
         index = torch.tensor([row.index for row in members])
         first = torch.tensor([row.first_token for row in members])
         walks.append(

@@ -103,9 +103,10 @@ def budgeted(path) -> LLM:
     return start_engine(path, "h2o:budget=64", max_num_batched_tokens=64)
 
 
-def test_reindexed_positions_equal_transformers(path, cases):
+@pytest.mark.parametrize("prefill", ["stream", "bulk"])
+def test_reindexed_positions_equal_transformers(path, cases, prefill):
     """A server at cache ranks equals transformers at cache ranks, in a batch of eight."""
-    spec = "sinks:budget=48,rope=reindex"
+    spec = f"sinks:budget=48,rope=reindex,prefill={prefill}"
     engine = start_engine(path, spec, max_num_batched_tokens=64)
     prompts, expected = zip(*cases.of(spec), strict=True)
     for output, answer in zip(generate(engine, prompts, NUM_TOKENS), expected, strict=True):
