@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -132,3 +133,29 @@ def test_server_completes_under_policies_and_stops_cleanly(server: Server) -> No
     log = server.log.read_text("utf-8", "replace")
     assert re.search(r"policy=window:budget=64 tokens=\d.*allotted_by=h2o:budget=96", log)
     assert server.stop() == 0
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_requests_share_a_kept_prompt_over_http(tmp_path: Path) -> None:
+    """A prompt that comes again is found, answers are the same, and /metrics counts the hits."""
+    arguments = ["--enable-prompt-tokens-details", "--block-size", "32"]
+    arguments += ["--kv-policy-allow", "h2o,tova"]
+    with serving("h2o:budget=32,protect=prompt", *arguments, log=tmp_path / "log") as server:
+        prompt, own = heldout_text()[:2000], "tova:budget=16,protect=prompt"
+        first, again = (server.complete(prompt, max_tokens=80).json() for _ in range(2))
+        other = server.complete(prompt, max_tokens=80, vllm_xargs={"kv_policy": own}).json()
+        tokens = first["usage"]["prompt_tokens"]
+        details = [each["usage"]["prompt_tokens_details"] for each in (first, again, other)]
+        assert [(each or {}).get("cached_tokens", 0) for each in details] == [
+            0,
+            (tokens - 1) // 32 * 32,
+            (tokens - 1) // 32 * 32,
+        ]
+        assert again["choices"] == first["choices"]
+        refused = server.complete(prompt, vllm_xargs={"kv_policy": "h2o:budget=16"})
+        assert refused.status_code == 400
+        assert "add protect=prompt" in refused.json()["error"]["message"]
+        metrics = server.client.get("/metrics").text
+        [hits] = re.findall(r"^vllm:prefix_cache_hits_total\{.*\} (\S+)$", metrics, re.MULTILINE)
+        assert float(hits) == 2 * ((tokens - 1) // 32 * 32)

@@ -1,5 +1,7 @@
 """Prompts set apart in vLLM: attended as a whole and evicted once, or kept and shared."""
 
+from itertools import cycle
+
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -33,6 +35,8 @@ SPECS = {
         "h2o:budget=48,group_pool=max,score=mean,recent=8,prefill=bulk",
         "tova:budget=40,interval=5,scope=head,recent=1,prefill=bulk",
         "random:budget=48,seed=3,prefill=bulk",
+        "snapkv:budget=48,window=8",
+        "keydiff:budget=48,prefill=bulk",
     ),
     "keep": (
         "window:budget=5,interval=1,protect=prompt",
@@ -41,6 +45,8 @@ SPECS = {
         "h2o:budget=6,interval=1,scope=layer,protect=prompt",
         "tova:budget=6,protect=prompt",
         "random:budget=7,interval=4,protect=prompt",
+        "knorm:budget=8,protect=prompt",
+        "keydiff:budget=8,interval=3,protect=prompt",
     ),
 }
 
@@ -102,7 +108,7 @@ def plans(monkeypatch) -> list:
     return made
 
 
-@pytest.mark.parametrize("index", range(6))
+@pytest.mark.parametrize("index", range(8))
 def test_a_batch_of_unequal_lengths_equals_transformers(engine, cases, mode, index):
     """Whole prompts, chunks and prompts from the prefix cache give the same."""
     spec, nothing = SPECS[mode][index], [0] * len(Cases.lengths)
@@ -140,8 +146,8 @@ def test_preemption_and_recompute_change_nothing(engine, cases, mode, monkeypatc
 
     monkeypatch.setattr(backend, "make_plan", watch)
     preempted: list[tuple[int, int]] = []
-    tight = [(9, 64), (10, 64), (10, 32)] * 2
-    for spec, (num_blocks, size) in zip(SPECS[mode], tight, strict=True):
+    tight = cycle([(9, 64), (10, 64), (10, 32)])
+    for spec, (num_blocks, size) in zip(SPECS[mode], tight, strict=False):
         with pool_of(engine, num_blocks), chunks_of(engine, size), preemptions(engine) as times:
             run(engine, cases, spec)
         preempted += times
@@ -213,7 +219,7 @@ def test_prompts_are_attended_in_place(engine, cases, mode, plans):
     for spec in SPECS[mode]:
         plans.clear()
         run(engine, cases, spec)
-        walks = mode == "bulk" and spec.startswith("h2o")
+        walks = mode == "bulk" and spec.startswith(("h2o", "snapkv"))
         assert any(plan.walks for plan in plans) == walks, spec
 
 
