@@ -16,6 +16,8 @@ REQUEST_POLICIES = (
 )
 """What requests bring; None leaves them to the server's."""
 
+ALLOWED = "h2o,window,sinks,tova,random"
+
 SCORED = ("h2o", "tova")
 """Policies that decide by attention, so that rounding can change what they retain."""
 
@@ -29,6 +31,7 @@ BAD_POLICIES = (
     "window:budget=4096",  # more than the server allots
     "window",
     "nope",
+    "bswa:block=32,segments=2",  # known, but not allowed
     "h2o:budget=64,rope=reindex",
     "os.path.Class:budget=8",
 )

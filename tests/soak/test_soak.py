@@ -8,6 +8,7 @@ import json
 import os
 import random
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from time import monotonic
@@ -19,7 +20,7 @@ from transformers import AutoTokenizer
 from fixtures.servers import Server, serving
 from kvpolicy import bundled_model, parse
 from kvpolicy.bundled import heldout_text
-from soak.cases import SERVER_POLICY, Catalogue
+from soak.cases import ALLOWED, SERVER_POLICY, Catalogue
 from soak.clients import STALL_SECONDS, Load, Record
 from soak.report import Report
 from soak.solo import Soloist
@@ -28,6 +29,7 @@ from soak.vitals import Logged, Memory, Trend, alarming_lines, logged_requests, 
 pytestmark = [pytest.mark.soak, pytest.mark.vllm]
 
 SETTINGS = [
+    f"--kv-policy-allow={ALLOWED}",
     "--kv-policy-log",
     "--kv-policy-allow=h2o,window,sinks,tova,random",
     "--block-size=32",
@@ -39,7 +41,7 @@ SETTINGS = [
 ENVIRONMENT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
 """oneDNN keeps code for each of the last 1,024 shapes of matrix products, and batches bring many.
 
-Stock vLLM grows by the same 58 MiB as ours over 480 requests for it; with 16 shapes neither grows.
+Stock vLLM grows by 58 MiB over 480 requests for it, as ours does; with 16 shapes ours stays flat.
 """
 
 MOST_PER_1000 = 10.0
@@ -159,48 +161,43 @@ def faults_of_counts(
 
     Every whole choice has one line in the log, with the law's figures. Of an aborted request,
     which may have been preempted at that moment and then holds nothing to account for, the line
-    may be missing.
+    may be missing; and the server may have completed it before it saw the client leave.
     """
     faults: list[str] = []
-    known: set[str] = set()
-    num_whole = 0
+    by_request: dict[str, list[Logged]] = defaultdict(list)
+    for name, entry in logged.items():
+        by_request[request_of(name)].append(entry)
+    num_whole = num_overtaken = 0
     for answer in record.answers:
-        names = {name for name in logged if belongs(name, answer.request_id)}
-        known |= names
-        if not answer.is_whole:
-            if len(names) > 1:
-                faults.append(f"{answer.request_id} was aborted once, and logged as {names}")
-            continue
-        num_whole += len(answer.tokens)
-        if len(names) != len(answer.tokens):
-            faults.append(f"{answer.request_id} had {len(answer.tokens)} choices, logged: {names}")
-        law = parse(answer.case.spec).occupancy
+        entries, policy = by_request.pop(answer.request_id, []), parse(answer.case.spec)
         tokens = len(answer.case.prompt) + answer.case.max_tokens - 1  # the last is never fed
-        expected = Logged(str(parse(answer.case.spec)), tokens, law.evicted(tokens))
-        faults += [
-            f"{name}: {logged[name]}, expected {expected}"
-            for name in names
-            if logged[name] != expected
-        ]
-    strangers = {*logged} - known
-    if strangers:
-        faults.append(f"nobody asked for {strangers}")
+        if answer.is_whole:
+            num_whole += len(answer.tokens)
+            is_right = [entry.tokens for entry in entries] == [tokens] * len(answer.tokens)
+        else:
+            num_overtaken += sum(entry.tokens == tokens for entry in entries)
+            is_right = len(entries) <= 1
+        evicted = policy.occupancy.evicted
+        is_lawful = all(e.policy == str(policy) and e.evicted == evicted(e.tokens) for e in entries)
+        if not (is_right and is_lawful):
+            faults.append(f"{answer.request_id} ({answer.manner}): {answer.case}: log: {entries}")
+    faults += [f"nobody asked for {name}: {entries}" for name, entries in by_request.items()]
     counts = {
-        "kvpolicy_requests_finished_total": len(logged),
-        "kvpolicy_evicted_tokens_total": sum(entry.evicted for entry in logged.values()),
-        "kvpolicy_logical_tokens_total": sum(entry.tokens for entry in logged.values()),
-        "vllm:request_success_total": num_whole,
+        "kvpolicy_requests_finished_total": (len(logged), 0),
+        "kvpolicy_evicted_tokens_total": (sum(entry.evicted for entry in logged.values()), 0),
+        "kvpolicy_logical_tokens_total": (sum(entry.tokens for entry in logged.values()), 0),
+        "vllm:request_success_total": (num_whole, num_overtaken),
     }
     return faults + [
-        f"{name} is {figures[name]}, the clients' and the log's count is {count}"
-        for name, count in counts.items()
-        if figures[name] != count
+        f"{name} is {figures[name]}, clients and log count {count} to {count + more}"
+        for name, (count, more) in counts.items()
+        if not count <= figures[name] <= count + more
     ]
 
 
-def belongs(name: str, request_id: str) -> bool:
-    """Whether a logged request is a choice of a client's: ``2_cmpl-x-0`` is one of ``cmpl-x``."""
-    return name.rpartition("-")[0].partition("_")[2] == request_id or name == f"{request_id}-0"
+def request_of(name: str) -> str:
+    """The client's id of a logged request: ``2_cmpl-x-0`` is the third choice of ``cmpl-x``."""
+    return name.removesuffix("-0").rpartition("_")[2]
 
 
 def faults_of_memory(trends: list[Trend]) -> list[str]:
