@@ -18,6 +18,7 @@ from kvpolicy.memory.policy import MemoryPolicy
 from kvpolicy.memory.state import Attended, Memory, Passage, Question, Setting, Shape
 from kvpolicy.occupancy import Occupancy
 from kvpolicy.policy import CachePolicy, EvictionPolicy, View
+from kvpolicy.ranks import ALONE, Ranks
 from kvpolicy.rotary import Rotary
 from kvpolicy.slots import Slots
 
@@ -50,7 +51,8 @@ class AttentionLayer:
         scale: Factor on query-key products, usually 1 / sqrt(D).
         rotary: The model's RoPE; needed by ``rope=reindex`` and by memories.
         decoder: The layer's weights; needed by policies that say so.
-        first_kv_head: Index of the first KV head here, when heads are split over devices.
+        first_kv_head: Index of the first KV head here, when heads are spread over processes.
+        ranks: These processes.
         stopwatch: Time spent on observing, scoring and evicting, for ledgers.
     """
 
@@ -59,6 +61,7 @@ class AttentionLayer:
     scale: float
     rotary: Rotary | None = None
     first_kv_head: int = 0
+    ranks: Ranks = ALONE
     decoder: Decoder | None = None
     stopwatch: Stopwatch = field(default_factory=Stopwatch, compare=False, repr=False)
 
@@ -109,7 +112,9 @@ class AttentionLayer:
         """The layer as memories see it."""
         if self.rotary is None:
             raise UnsupportedError(f"{self.policy}: its memory needs plain rotary embeddings")
-        return Setting(self.index, self.scale, self.rotary, self.first_kv_head, self.decoder)
+        return Setting(
+            self.index, self.scale, self.rotary, self.first_kv_head, self.decoder, self.ranks.count
+        )
 
     def attend(
         self,

@@ -204,7 +204,7 @@ def _evict(
         values=part.values,
         prompts=part.prompts,
     )
-    victims = select_victims(policy, view, surplus)
+    victims = select_victims(policy, view, surplus, layer.ranks)
     kept = part.keep(survivors(victims, held, surplus))
     if memory is not None and layer.memory_policy is not None:
         assert now.lse is not None, "there is a memory"

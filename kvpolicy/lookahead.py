@@ -271,7 +271,8 @@ class Block:
         policy = self.layer.eviction
         assert policy is not None, "only policies that evict are ever due"
         surplus = self.law.surplus(self.seen + last)
-        victims = select_victims(policy, self._view(last, pooled), surplus)
+        view = self._view(last, pooled)
+        victims = select_victims(policy, view, surplus, self.layer.ranks)
         self.columns.death.masked_fill_(victims, last)
 
     def _view(self, last: int, pooled: Tensor | None) -> View:

@@ -19,6 +19,7 @@ from kvpolicy.engine import due_together, step
 from kvpolicy.lookahead import extend
 from kvpolicy.occupancy import Occupancy
 from kvpolicy.policy import CachePolicy, EvictionPolicy, View
+from kvpolicy.ranks import ALONE, Ranks
 from kvpolicy.rotary import Rotary
 from kvpolicy.selection import protected
 from kvpolicy.slots import Slots
@@ -190,7 +191,13 @@ class Host:
     """
 
     def __init__(
-        self, policy: CachePolicy, case: Case, rows: list[Row], *, first_kv_head: int = 0
+        self,
+        policy: CachePolicy,
+        case: Case,
+        rows: list[Row],
+        *,
+        first_kv_head: int = 0,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.rows = rows
         self.notes = Notes()
@@ -200,6 +207,7 @@ class Host:
             scale=HEAD_DIM**-0.5,
             rotary=Rotary.from_theta(1e4, HEAD_DIM),
             first_kv_head=first_kv_head,
+            ranks=ranks,
         )
         some_keys = torch.stack([row.k[:, 0] for row in rows])
         some_queries = torch.stack([row.q[:, 0] for row in rows])

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvpolicy.errors import PolicyError
 from kvpolicy.policy import EvictionPolicy, View
+from kvpolicy.ranks import ALONE, Ranks
 
 
 def protected(policy: EvictionPolicy, view: View) -> Tensor:
@@ -22,12 +23,18 @@ def protected(policy: EvictionPolicy, view: View) -> Tensor:
     return mask
 
 
-def select_victims(policy: EvictionPolicy, view: View, surplus: int) -> Tensor:
+def select_victims(
+    policy: EvictionPolicy, view: View, surplus: int, ranks: Ranks = ALONE
+) -> Tensor:
     """Choose the `surplus` slots per KV head that go in this eviction; [B, H_kv, S] bool.
 
     Raises:
         PolicyError: The policy's scores have the wrong shape or are not numbers.
     """
+    if policy.scope_is_layer and ranks.count > 1:
+        # Every rank makes the whole layer's decision, so that it is the decision of one process.
+        victims = select_victims(policy, ranks.whole_layer(view), surplus)
+        return victims[:, : view.positions.shape[1]]
     scores = policy.score(view)
     check_scores(policy, scores, view)
     if policy.scope_is_layer:

@@ -76,7 +76,9 @@ def ledger(llm: "LLM") -> dict[str, Any]:
         PolicyError: The engine was made without `engine_args` or ``--kv-policy``.
         LedgerError: A request's evictions differ from its occupancy law.
     """
-    return _call(llm, "kvpolicy_ledger")
+    from kvpolicy_vllm.ranks import merge_reports
+
+    return merge_reports(_call(llm, "kvpolicy_ledger"))
 
 
 def retained_positions(llm: "LLM", request_id: str, layer: int) -> "Tensor":
@@ -89,8 +91,9 @@ def retained_positions(llm: "LLM", request_id: str, layer: int) -> "Tensor":
     """
     import torch
 
-    positions = _call(llm, "kvpolicy_retained_positions", request_id, layer)
-    if positions is None:
+    parts = _call(llm, "kvpolicy_retained_positions", request_id, layer)
+    positions = [head for part in parts if part is not None for head in part]
+    if not positions:
         raise PolicyError(
             f"no retained positions of request {request_id!r} in layer {layer}: it is unknown, "
             "or more than 64 requests finished since; ask right after it finishes"
@@ -115,14 +118,18 @@ def captures(llm: "LLM") -> "list[Path]":
             "LLM(model, **kvpolicy_vllm.engine_args('full', capture=DIRECTORY))"
         )
     running = list(llm.llm_engine.output_processor.request_states)
-    report = _call(llm, "kvpolicy_captures", running)
+    [report] = _call(llm, "kvpolicy_captures", running)
     if report["faults"]:
         raise TraceError("; ".join(report["faults"]))
     return [Path(path) for path in report["finished"]]
 
 
-def _call(llm: "LLM", method: str, *args: Any) -> Any:
-    """Ask the engine's worker, by name: nothing is pickled."""
+def _call(llm: "LLM", method: str, *args: Any) -> list[Any]:
+    """Ask the engine's workers, by name: nothing is pickled.
+
+    Returns:
+        Their answers, by rank: the tensor-parallel ranks of the pipeline's first stage come first.
+    """
     from vllm.utils.import_utils import resolve_obj_by_qualname
 
     from kvpolicy_vllm.worker import PolicyWorker
@@ -133,4 +140,4 @@ def _call(llm: "LLM", method: str, *args: Any) -> Any:
             "this engine keeps no ledger or trace by request; construct it with "
             "LLM(model, **kvpolicy_vllm.engine_args(SPEC))"
         )
-    return llm.collective_rpc(method, args=args)[0]
+    return llm.collective_rpc(method, args=args)

@@ -12,6 +12,7 @@ from torch import Tensor
 from vllm import _custom_ops as ops
 from vllm import envs
 from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm.v1.attention.backend import AttentionType
@@ -24,7 +25,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from kvpolicy import CachePolicy, EvictionPolicy, UnsupportedError
 from kvpolicy.attention import AttentionLayer
-from kvpolicy.memory.state import Setting, Shape
+from kvpolicy.memory.state import Shape
 from kvpolicy.rotary import Rotary
 from kvpolicy_vllm.allotment import PageShape, allotment_of, memory_policy
 from kvpolicy_vllm.config import check_engine
@@ -35,6 +36,7 @@ from kvpolicy_vllm.kernel import Kernel
 from kvpolicy_vllm.memory import PagedMemory, rehearse
 from kvpolicy_vllm.pages import Pages
 from kvpolicy_vllm.plan import NULL_BLOCK, InPlace, Plan, Row, make_plan
+from kvpolicy_vllm.ranks import tensor_ranks
 from kvpolicy_vllm.recollection import recollect
 from kvpolicy_vllm.recording import RecordedRow
 from kvpolicy_vllm.spec import RetentionSpec
@@ -207,6 +209,8 @@ class RetentionImpl(CPUAttentionBackendImpl):
         self.engine = Engine.of(vllm_config)
         self._check_layer()
         self.rotary = _plain_rotary(vllm_config.model_config.hf_text_config, head_size)
+        self.ranks = tensor_ranks()
+        self.first_kv_head = get_tensor_model_parallel_rank() * self.num_kv_heads
         self._check_rotary()
         if not self.engine.has_layers:  # once for all layers
             self._rehearse(vllm_config)
@@ -264,10 +268,10 @@ class RetentionImpl(CPUAttentionBackendImpl):
             dtype=torch.float32,
             device=torch.device("cpu"),
         )
-        num_layers = vllm_config.model_config.get_num_layers(vllm_config.parallel_config)
+        layers = vllm_config.model_config.get_layers_start_end_indices(vllm_config.parallel_config)
         with set_default_torch_dtype(torch.float32):  # as in a forward; here it is the model's
-            for index in range(num_layers):
-                rehearse(policy, Setting(index, self.scale, self.rotary, 0, None), shape)
+            for index in range(*layers):
+                rehearse(policy, self._view_of(policy, index).setting, shape)
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]: our own metadata
         self,
@@ -326,9 +330,14 @@ class RetentionImpl(CPUAttentionBackendImpl):
             if len(self._layers) >= _MAX_POLICIES:
                 self._layers.clear()
                 self._memories.clear()
-            layer = AttentionLayer(policy, index, self.scale, self.rotary)
-            self._layers[policy] = layer
+            layer = self._layers[policy] = self._view_of(policy, index)
         return layer
+
+    def _view_of(self, policy: CachePolicy, index: int) -> AttentionLayer:
+        """Make the core's view of a layer."""
+        return AttentionLayer(
+            policy, index, self.scale, self.rotary, self.first_kv_head, self.ranks
+        )
 
     def _memory(self, policy: CachePolicy, index: int) -> PagedMemory | None:
         """Where memories of a policy's requests lie in this layer, if they have any."""

@@ -210,7 +210,7 @@ class Book:
             yield Running(account.policy, retained, count, count * block_bytes)
 
     def report(self, open_blocks: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-        """Ledgers of requests and their totals, JSON-ready.
+        """Ledgers of requests, their totals, and the KV heads they speak for; JSON-ready.
 
         Args:
             open_blocks: Blocks of the requests whose accounts are open, by internal id.
@@ -226,8 +226,13 @@ class Book:
             ledger = self._ledger(account, blocks).check(account.allotment.law)
             ledgers[external_id(request_id)] = ledger
         requests = {name: ledger.as_dict() for name, ledger in ledgers.items()}
-        totals = {key: sum(entry[key] for entry in requests.values()) for key in _SUMMED}
-        return {"totals": {"requests": len(requests), **totals}, "requests": requests}
+        return {"totals": totals(requests), "requests": requests, "heads": self._num_heads}
+
+
+def totals(requests: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Add up the ledgers of requests."""
+    sums = {key: sum(entry[key] for entry in requests.values()) for key in _SUMMED}
+    return {"requests": len(requests), **sums}
 
 
 def external_id(request_id: str) -> str:

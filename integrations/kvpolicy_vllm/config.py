@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvpolicy import CachePolicy, EvictionPolicy, PolicyError, UnsupportedError, parse
 from kvpolicy.memory.policy import MemoryPolicy
+from kvpolicy.ranks import check_spread
 from kvpolicy_vllm.admission import ALLOW_KEY, allowed_names, check_name
 from kvpolicy_vllm.allotment import memory_policy
 from kvpolicy_vllm.capture import Capture
@@ -128,6 +129,8 @@ def check_engine(vllm_config: "VllmConfig", policy: CachePolicy) -> None:
         if is_used:
             raise UnsupportedError(f"kv_policy={policy} does not work with {feature}; {remedy}")
     _check_length(vllm_config, policy)
+    if vllm_config.parallel_config.tensor_parallel_size > 1:
+        check_spread(policy)
     capture = configured_capture(vllm_config)
     if capture is not None:
         check_capture(policy)
@@ -155,6 +158,11 @@ def keeps_everything(policy: CachePolicy) -> bool:
 def _check_recorded(vllm_config: "VllmConfig", capture: Capture) -> None:
     """Refuse layers and heads that the model has not, and engines that know no requests."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    if parallel.world_size > 1:
+        raise UnsupportedError(
+            f"{CAPTURE_KEY} records all layers and heads in one process, and here they are spread "
+            f"over {parallel.world_size}; drop --tensor-parallel-size and --pipeline-parallel-size"
+        )
     for what, asked, count in (
         ("layers", capture.layers, model.get_num_layers(parallel)),
         ("kv_heads", capture.kv_heads, model.get_total_num_kv_heads()),
@@ -318,9 +326,25 @@ def _conflicts(vllm_config: "VllmConfig") -> list[tuple[bool, str, str]]:
             "drop --kv-transfer-config",
         ),
         (
-            parallel.tensor_parallel_size > 1 or parallel.pipeline_parallel_size > 1,
-            "tensor or pipeline parallelism yet",
-            "run one process per replica",
+            parallel.pipeline_parallel_size > 1,
+            "pipeline parallelism (vLLM's CPU runner fails in the second stage)",
+            "use --tensor-parallel-size",
+        ),
+        (
+            parallel.data_parallel_size > 1 or parallel.data_parallel_index > 0,
+            "data parallelism yet",
+            "run one server per replica",
+        ),
+        (
+            vllm_config.lora_config is not None,
+            "LoRA adapters yet",
+            "merge the adapter into the model's weights, or drop --enable-lora",
+        ),
+        (
+            parallel.tensor_parallel_size > model.get_total_num_kv_heads(),
+            f"KV heads that several ranks hold ({model.get_total_num_kv_heads()} on "
+            f"{parallel.tensor_parallel_size})",
+            "set --tensor-parallel-size to at most the model's KV heads",
         ),
         (
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,

@@ -8,6 +8,7 @@ from weakref import WeakValueDictionary
 from vllm.logger import init_logger
 
 from kvpolicy import CachePolicy, PolicyError, UnsupportedError
+from kvpolicy.ranks import check_spread
 from kvpolicy_vllm.allotment import Allotment, PageShape, allotment_of
 from kvpolicy_vllm.book import Book
 from kvpolicy_vllm.config import (
@@ -58,6 +59,7 @@ class Engine:
         scratch: Memory that all layers use in turn.
         runner: vLLM's model runner, which knows the requests; None where the engine was
             configured without `kvpolicy_vllm.worker`.
+        is_spread: Whether its heads are spread over processes.
         recorder: Writes requests to traces; None where nothing is captured.
         meter: Its figures for ``/metrics``; None where nobody looks.
     """
@@ -72,6 +74,7 @@ class Engine:
     page: PageShape | None = None
     scratch: Scratch = field(default_factory=Scratch)
     runner: "GPUModelRunner | None" = None
+    is_spread: bool = False
     recorder: "Recorder | None" = None
     meter: "Meter | None" = None
     _allotments: dict[CachePolicy, Allotment] = field(default_factory=dict)
@@ -84,7 +87,9 @@ class Engine:
             _engines.pop(vllm_config.instance_id, None)
             return None
         book, allowed = Book(str(policy)), configured_names(vllm_config, policy)
-        engine = _engines[vllm_config.instance_id] = cls(policy, book, allowed)
+        is_spread = vllm_config.parallel_config.tensor_parallel_size > 1
+        engine = cls(policy, book, allowed, is_spread=is_spread)
+        _engines[vllm_config.instance_id] = engine
         return engine
 
     @staticmethod
@@ -218,6 +223,8 @@ class Engine:
             policy = request_policy(params, self.allowed)
             if policy is not None:
                 check_request(policy, self.policy)
+                if self.is_spread:
+                    check_spread(policy)
                 self._require_room(policy)
         except PolicyError as error:
             logger.warning("kvpolicy: %s; the request runs under %s", error, self.policy)

@@ -167,7 +167,7 @@ def _evict(
         values=pages.read_values(blocks)[:, :, :capacity] if "values" in needs else None,
         prompts=[row.allotment.kept for row in rows],
     )
-    victims = select_victims(decision.policy, view, surplus)
+    victims = select_victims(decision.policy, view, surplus, layer.ranks)
     fill_holes(pages, blocks, victims, capacity - surplus)
     for row, dropped in zip(rows, victims.sum(dim=(1, 2)).tolist(), strict=True):
         row.account.evicted_cells += dropped

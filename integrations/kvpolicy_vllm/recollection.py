@@ -86,7 +86,7 @@ def _mix_in(part: Recollection, memory: PagedMemory, batch: LayerBatch) -> None:
     raw = rotary.shift(query, -part.seen[:, None, None])  # [R, H, 1, D]
     recalled = recall(stored, raw.unflatten(1, (-1, memory.group)))
     lse = _log_sum_exp(part, memory, query[:, :, 0]) if policy.is_calibrated else None
-    share = policy.share(stored, recalled, memory.layer.index, lse)
+    share = policy.share(stored, recalled, memory.layer.setting, lse)
     local = batch.output[part.tokens].float()[:, :, None]
     mixed = policy.mix(local, recalled, share)[:, :, 0]
     batch.output[part.tokens] = mixed.to(batch.output.dtype)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from kvpolicy import LedgerError
 from kvpolicy_vllm import requestlog
 from kvpolicy_vllm.book import external_id
 from kvpolicy_vllm.config import (
@@ -84,13 +85,16 @@ class PolicyWorker(CPUWorker):
         super().shutdown()
 
     def kvpolicy_ledger(self) -> dict[str, Any]:
-        """Ledgers and totals of requests that are finished, or idle here.
+        """Ledgers and totals of requests that are finished, or idle here; or ``{"fault": line}``.
 
         The scheduler announces the end of the last requests only with the next step, so that
         a request without one counts as it stands.
         """
         engine = Engine.of(self.vllm_config)
-        return engine.book.report({i: engine.blocks_of(i) for i in engine.book.accounts})
+        try:
+            return engine.book.report({i: engine.blocks_of(i) for i in engine.book.accounts})
+        except LedgerError as error:  # processes hand on no classes of errors
+            return {"fault": str(error)}
 
     def kvpolicy_retained_positions(self, request_id: str, layer: int) -> list[list[int]] | None:
         """Positions that a request holds in a layer, per KV head; None if unknown."""

@@ -147,7 +147,9 @@ def _setting(options: argparse.Namespace, policies: Sequence[CachePolicy]) -> Se
     facts = read_model_facts(options.model or bundled_model())
     dtype, notes = _dtype(options.dtype, facts)
     if options.tensor_parallel > 1:
-        notes.append("kvpolicy refuses tensor parallelism in vLLM so far; figures are of one rank")
+        notes.append("under tensor parallelism, figures are of one rank")
+    if options.tensor_parallel > facts.num_kv_heads:
+        notes.append("kvpolicy refuses more tensor-parallel ranks in vLLM than there are KV heads")
     if any(policy.occupancy.prompts == "bulk" for policy in policies):
         notes.append(
             "prefill=bulk holds a whole prompt up to its end: figures are of requests that are all "

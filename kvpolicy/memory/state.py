@@ -65,6 +65,7 @@ class Setting:
         rotary: The model's rotation.
         first_kv_head: Index in the whole model of the first KV head here.
         decoder: The layer's weights; None where the host has none or no policy asked for them.
+        ranks: Processes over which the layer's heads are spread.
     """
 
     layer: int
@@ -72,6 +73,7 @@ class Setting:
     rotary: Rotary
     first_kv_head: int
     decoder: Decoder | None
+    ranks: int = 1
 
 
 @dataclass(frozen=True)

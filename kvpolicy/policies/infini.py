@@ -103,7 +103,7 @@ class Infini(MemoryPolicy):
         """Make an empty matrix."""
         from kvpolicy.memory.linear import LinearMemory
 
-        self.gates(setting.layer, shape.kv_heads * shape.group)
+        self.gates(setting, shape.kv_heads, shape.group)
         return LinearMemory.empty(shape)
 
     def absorb(self, memory: "Memory", passage: "Passage") -> "LinearMemory":
@@ -131,7 +131,7 @@ class Infini(MemoryPolicy):
         local = attend_tokens(question)
         queries = question.setting.rotary.shift(question.q, -question.positions)
         recalled = recall(memory, queries.unflatten(1, local.lse.shape[1:3]))
-        share = self.share(memory, recalled, question.setting.layer, local.lse)
+        share = self.share(memory, recalled, question.setting, local.lse)
         output = self.mix(local.output, recalled, share)
         return local._replace(output=output)
 
@@ -141,14 +141,18 @@ class Infini(MemoryPolicy):
         return self.gate == "calibrated"
 
     def share(
-        self, memory: "LinearMemory", recalled: "Recalled", layer: int, lse: "Tensor | None"
+        self,
+        memory: "LinearMemory",
+        recalled: "Recalled",
+        setting: "Setting",
+        lse: "Tensor | None",
     ) -> "Tensor":
         """Weight of what was recalled, zero where the memory is empty; [B, H_kv, G, Q].
 
         Args:
             memory: That recalled.
             recalled: Its answer.
-            layer: Index of the layer.
+            setting: The layer.
             lse: [B, H_kv, G, Q] of the logits inside the segment, for `is_calibrated`.
         """
         from kvpolicy.memory.linear import calibrated_log_mass
@@ -157,7 +161,7 @@ class Infini(MemoryPolicy):
             assert lse is not None, "hosts give it where is_calibrated"
             return (calibrated_log_mass(memory.fits, recalled.mass) - lse).sigmoid()
         kv_heads, group = recalled.mass.shape[1:3]
-        gates = self.gates(layer, kv_heads * group).to(recalled.mass.device)
+        gates = self.gates(setting, kv_heads, group).to(recalled.mass.device)
         return gates.view(kv_heads, -1, 1) * (recalled.mass > 0)
 
     def mix(self, local: "Tensor", recalled: "Recalled", share: "Tensor") -> "Tensor":
@@ -166,8 +170,8 @@ class Infini(MemoryPolicy):
         mixed = share * recalled.output.flatten(1, 2) + (1 - share) * local
         return mixed.where(share > 0, local)
 
-    def gates(self, layer: int, heads: int) -> "Tensor":
-        """Gate of each query head of a layer, [H] or [1] float32.
+    def gates(self, setting: "Setting", kv_heads: int, group: int) -> "Tensor":
+        """Gate of each query head of a layer that is here, [H] float32.
 
         Raises:
             PolicyError: The file of trained gates does not fit the model.
@@ -176,13 +180,15 @@ class Infini(MemoryPolicy):
 
         from kvpolicy.memory.parameters import load_parameters
 
+        layer, here = setting.layer, kv_heads * group
         if not isinstance(self.gate, str) or self.is_calibrated:
-            return torch.full((heads,), 0.0 if isinstance(self.gate, str) else self.gate)
-        beta = load_parameters(self.gate).get("beta")
+            return torch.full((here,), 0.0 if isinstance(self.gate, str) else self.gate)
+        beta, heads = load_parameters(self.gate).get("beta"), here * setting.ranks
         if beta is None or beta.dim() != 2 or layer >= len(beta) or beta.shape[1] != heads:
             got = "none" if beta is None else tuple(beta.shape)
             raise PolicyError(
                 f"infini: {self.gate} must hold gates 'beta' [layers, {heads}] with layer "
                 f"{layer}, got {got}; train them on this model"
             )
-        return beta[layer].sigmoid()
+        first = setting.first_kv_head * group if setting.ranks > 1 else 0
+        return beta[layer, first : first + here].sigmoid()

@@ -56,7 +56,7 @@ class WatchedLayer(AttentionLayer):
         asked = features(raw.unflatten(1, attended.lse.shape[1:3]))
         mass = (asked @ memory.normaliser[:, :, None, :, None])[..., 0]
         # A gate looks at masses alone, so that the outputs need not be recalled again.
-        return policy.share(memory, Recalled(attended.output, mass), self.index, attended.lse)
+        return policy.share(memory, Recalled(attended.output, mass), self.setting, attended.lse)
 
 
 def bytes_beside_slots(memory: Memory, item_bytes: int) -> int:

@@ -301,7 +301,8 @@ def test_tensor_parallel_splits_heads(model: Path, capsys: pytest.CaptureFixture
         arguments = ["--model", str(model), "--policy", "h2o:budget=1024"]
         result = plan(capsys, *arguments, "--tensor-parallel", ranks)
         found[ranks] = (result["kv_heads_per_rank"], result["results"][-1]["bytes_per_request"])
-        assert any("tensor parallelism" in note for note in result["notes"]) == (ranks != "1")
+        assert any("of one rank" in note for note in result["notes"]) == (ranks != "1")
+        assert any("refuses" in note for note in result["notes"]) == (ranks == "16")
     whole = found["1"][1]
     assert found == {"1": (8, whole), "4": (2, whole // 4), "16": (1, whole // 8)}
     line = refused(capsys, *arguments, "--tensor-parallel", "3")

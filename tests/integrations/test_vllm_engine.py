@@ -177,7 +177,10 @@ def test_additional_config_alone_runs_the_policy(path, model):
             "speculative decoding",
         ),
         ({"kv_cache_dtype": "fp8"}, "quantised KV cache"),
-        ({"tensor_parallel_size": 2}, "parallelism"),
+        ({"tensor_parallel_size": 4}, "KV heads that several ranks hold .2 on 4"),
+        ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
+        ({"data_parallel_size": 2}, "data parallelism"),
+        ({"enable_lora": True}, "LoRA adapters"),
         ({"runner": "pooling"}, "pooling models"),
     ],
 )
@@ -186,6 +189,17 @@ def test_features_that_would_break_the_promise_are_refused(path, arguments, mess
     config = EngineArgs(model=str(path), **arguments).create_engine_config()
     with pytest.raises(kvpolicy.UnsupportedError, match=message):
         check_engine(config, kvpolicy.parse("window:budget=48"))
+
+
+def test_spread_heads_refuse_what_needs_all_of_them(path, tmp_path):
+    """Under tensor parallelism, policies and captures that would miss heads do not start."""
+    config = EngineArgs(model=str(path), tensor_parallel_size=2).create_engine_config()
+    check_engine(config, kvpolicy.parse("fixtures.policies.FadingMaximum:budget=8"))
+    with pytest.raises(kvpolicy.UnsupportedError, match="heads spread over processes"):
+        check_engine(config, kvpolicy.parse("fixtures.policies.FadingMaximum:budget=8,scope=layer"))
+    config.additional_config["kv_policy_capture"] = {"directory": str(tmp_path)}
+    with pytest.raises(kvpolicy.UnsupportedError, match="spread over 2"):
+        check_engine(config, kvpolicy.parse("full"))
 
 
 def test_contexts_past_the_trained_length_need_a_word(path):

@@ -1,0 +1,152 @@
+"""Engines whose heads are spread over processes compute what transformers computes."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+from vllm import LLM
+
+import kvpolicy
+import kvpolicy_vllm
+from fixtures.engines import (
+    BLOCK_SIZE,
+    Reference,
+    assert_equals_reference,
+    generate,
+    reference,
+    start_engine,
+)
+from fixtures.models import SHAPE, certified_prompts, random_llama, random_prompt, save_model
+from kvpolicy.memory.policy import MemoryPolicy
+from kvpolicy_vllm.engine import Engine
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+NUM_TOKENS = 20
+NUM_LAYERS = 2
+LENGTHS = (9, 47, 83, 120)
+SERVER = "compressive:budget=96,memory=40,interval=24"
+"""A policy whose allotment has room for all the others."""
+
+SPECS = (
+    "window:budget=48",
+    "sinks:budget=48,interval=1",
+    "h2o:budget=48",
+    "h2o:budget=40,interval=1,scope=layer,sinks=2",
+    "h2o:budget=48,scope=layer,score=relative,decay=0.9",
+    "tova:budget=48",
+    "tova:budget=40,interval=5,scope=head,recent=1",
+    "random:budget=48,seed=3",
+    "centroid:budget=36,slots=8,interval=4",
+    "compressive:budget=36,memory=12,fn=attention,interval=9,sinks=2",
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    """A random Llama with a KV head for each of two processes."""
+    return random_llama(num_hidden_layers=NUM_LAYERS)
+
+
+@pytest.fixture(scope="module")
+def path(model, tmp_path_factory):
+    """The model on disk."""
+    return save_model(model, tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def cases(model) -> dict[str, list[tuple[list[int], Reference]]]:
+    """Per policy, prompts of unequal lengths with transformers' answers."""
+    return {spec: [a_case(model, spec, length) for length in LENGTHS] for spec in SPECS}
+
+
+def a_case(model: PreTrainedModel, spec: str, length: int) -> tuple[list[int], Reference]:
+    """A prompt on which nothing is close, where attention decides, and its answer."""
+    if isinstance(kvpolicy.parse(spec), MemoryPolicy):
+        ids = random_prompt(model, length, seed=length)
+    else:
+        [certified] = certified_prompts(
+            model, [spec], [length], max_new_tokens=NUM_TOKENS, first_seed=100 * length
+        )
+        ids = certified.ids
+    return ids, reference(model, spec, ids, NUM_TOKENS)
+
+
+def started(path: Any, spec: str) -> Iterator[LLM]:
+    """An engine of two worker processes, which end with the test."""
+    with pytest.MonkeyPatch.context() as patch:
+        # Two workers on one memory node have to be told their cores.
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+        llm = start_engine(path, spec, max_num_batched_tokens=64, tensor_parallel_size=2)
+    yield llm
+    llm.llm_engine.engine_core.shutdown()
+
+
+@pytest.fixture(scope="module")
+def engine(path) -> Iterator[LLM]:
+    """An engine whose requests bring their policies."""
+    yield from started(path, SERVER)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_batch_of_unequal_lengths_equals_transformers(engine, cases, spec):
+    """Tokens and the retained positions of all layers and heads are those of one process."""
+    prompts, expected = zip(*cases[spec], strict=True)
+    outputs = generate(engine, prompts, NUM_TOKENS, spec)
+    for output, answer in zip(outputs, expected, strict=True):
+        assert_equals_reference(engine, output, answer)
+
+
+def test_policies_may_mix_in_one_batch(engine, cases):
+    """Ranks meet at the same evictions, whatever else is in the batch."""
+    mixed = [cases[spec][index % len(LENGTHS)] for index, spec in enumerate(SPECS)]
+    outputs = generate(engine, [ids for ids, _ in mixed], NUM_TOKENS, SPECS)
+    for output, (_, expected) in zip(outputs, mixed, strict=True):
+        assert_equals_reference(engine, output, expected)
+
+
+def test_the_ledger_covers_all_processes(engine, cases):
+    """Bytes are those of all layers and heads, tokens are the request's."""
+    spec = "h2o:budget=48"
+    [output] = generate(engine, [cases[spec][-1][0]], NUM_TOKENS, spec)
+    report = kvpolicy_vllm.ledger(engine)
+    ledger, tokens = report["requests"][output.request_id], LENGTHS[-1] + NUM_TOKENS - 1
+    assert ledger["logical_tokens"] == tokens
+    assert ledger["evicted"] == kvpolicy.parse(spec).occupancy.evicted(tokens)
+    cell = 2 * SHAPE["head_dim"] * 4 + 8  # key, value and state of a slot
+    slots = ledger["blocks_held"] * BLOCK_SIZE
+    assert ledger["bytes_held"] == slots * cell * SHAPE["num_key_value_heads"] * NUM_LAYERS
+    assert report["totals"]["requests"] == len(report["requests"])
+
+
+def test_a_fault_of_any_process_is_an_error(engine):
+    """A ledger that disagrees with the law on the second rank alone is raised."""
+    engine.collective_rpc(note_fault)
+    with pytest.raises(kvpolicy.LedgerError, match="noted on rank 1"):
+        kvpolicy_vllm.ledger(engine)
+    engine.collective_rpc(forget_faults)
+    kvpolicy_vllm.ledger(engine)
+
+
+def note_fault(worker: Any) -> None:
+    """Put a fault into the second worker's book."""
+    if worker.rank == 1:
+        Engine.of(worker.vllm_config).book.faults.append("noted on rank 1")
+
+
+def forget_faults(worker: Any) -> None:
+    """Remove faults from a worker's book."""
+    Engine.of(worker.vllm_config).book.faults.clear()
+
+
+def test_trained_gates_are_those_of_their_heads(path, model, tmp_path):
+    """Every process takes its heads' gates from the file."""
+    save_file({"beta": torch.randn(2, 4)}, tmp_path / "gates.safetensors")
+    spec = f"infini:segment=24,gate={tmp_path / 'gates.safetensors'}"
+    prompts = [random_prompt(model, length, seed=length) for length in LENGTHS]
+    for llm in started(path, spec):
+        for ids, output in zip(prompts, generate(llm, prompts, NUM_TOKENS), strict=True):
+            assert_equals_reference(llm, output, reference(model, spec, ids, NUM_TOKENS))
