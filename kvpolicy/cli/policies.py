@@ -2,58 +2,48 @@
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass
-from typing import Any, get_args
+from dataclasses import MISSING
+from typing import Any
 
 from rich.text import Text
 
+from kvpolicy.capabilities import HOSTS, capability, settings
 from kvpolicy.cli.arguments import command_parser
 from kvpolicy.cli.output import Output, table
-from kvpolicy.policy import NEEDS, CachePolicy, EvictionPolicy, parameters
+from kvpolicy.features import ENGINES, FEATURES, Feature, Refused, Untested
+from kvpolicy.policy import CachePolicy, EvictionPolicy, parameters
 from kvpolicy.registry import available, find
 
 EXAMPLES = """
   kvpolicy policies
   kvpolicy policies h2o
   kvpolicy policies my_package.policies.Mine
+  kvpolicy policies --features
   kvpolicy policies --json - | jq '.policies[].name'
 """
-
-
-@dataclass(frozen=True)
-class Host:
-    """What a host gives to policies, stated without importing it.
-
-    Attributes:
-        needs: What it shows to policies.
-        refuses: Spec values that it does not implement.
-    """
-
-    needs: tuple[str, ...]
-    refuses: tuple[tuple[str, str], ...]
-
-
-HOSTS = {
-    "transformers": Host(needs=NEEDS, refuses=()),
-    "vllm": Host(needs=NEEDS, refuses=(("prefill", "bulk"), ("level", "model"))),
-    "simulator": Host(needs=NEEDS, refuses=()),
-}
-"""Tests hold this table to what the hosts themselves accept and refuse."""
 
 
 def run(arguments: Sequence[str]) -> int:
     """List the policies, or explain one."""
     parser = command_parser("policies", "List the policies, or explain one.", EXAMPLES)
     parser.add_argument("name", nargs="?", help="a policy's name or import path")
+    parser.add_argument(
+        "--features",
+        action="store_true",
+        help="what engines offer, and what it does under a policy",
+    )
     options = parser.parse_args(arguments)
     output = Output(options.json)
     chosen = available() if options.name is None else {options.name: find(options.name)}
-    if options.name is None:
+    if options.features:
+        _print_features(output)
+    elif options.name is None:
         _print_all(output, chosen)
     else:
         _print_one(output, options.name, chosen[options.name])
     described = [describe(name, cls) for name, cls in chosen.items()]
-    output.json({"schema": 1, "policies": described})
+    features = [describe_feature(row) for row in FEATURES]
+    output.json({"schema": 1, "policies": described, "features": features})
     return 0
 
 
@@ -65,6 +55,7 @@ def describe(name: str, cls: type[CachePolicy]) -> dict[str, Any]:
         "paper": cls.paper,
         "needs": list(cls.needs),
         "hosts": {host: capability(cls, host) for host in HOSTS},
+        "settings": settings(cls),
         "parameters": [
             {
                 "key": key,
@@ -77,30 +68,23 @@ def describe(name: str, cls: type[CachePolicy]) -> dict[str, Any]:
     }
 
 
+def describe_feature(row: Feature) -> dict[str, Any]:
+    """A feature as JSON, with the tests that show each engine's answer."""
+    proofs = {
+        engine: answer.proof
+        for engine, answer in row.answers.items()
+        if not isinstance(answer, Untested)
+    }
+    engines = {engine: str(row.answers.get(engine, "-")) for engine in ENGINES}
+    return {"name": row.name, "engines": engines, "tests": proofs}
+
+
 def summary(cls: type[CachePolicy]) -> str:
     """The first line of a policy's docstring."""
     text = inspect.cleandoc(cls.__doc__ or "")
     first = text.partition("\n")[0]
     # A dataclass without a docstring carries its signature instead.
     return "" if first.startswith(f"{cls.__name__}(") else first
-
-
-def capability(cls: type[CachePolicy], host: str) -> str:
-    """Whether a host runs a policy: ``yes``, ``yes, not KEY=VALUE`` or ``no: REASON``."""
-    unknown = sorted(set(cls.needs) - set(HOSTS[host].needs))
-    if unknown:
-        return f"no: it needs {', '.join(unknown)}"
-    table = parameters(cls)
-    for key in table:
-        choices = {(key, value) for value in get_args(table[key].kind)}
-        if choices and choices <= {*HOSTS[host].refuses}:
-            return f"no: it needs {', '.join(f'{key}={value}' for key, value in choices)}"
-    refused = [
-        f"{key}={value}"
-        for key, value in HOSTS[host].refuses
-        if key in table and value in get_args(table[key].kind)
-    ]
-    return f"yes, not {', '.join(refused)}" if refused else "yes"
 
 
 def _print_all(output: Output, policies: dict[str, type[CachePolicy]]) -> None:
@@ -118,6 +102,22 @@ def _print_all(output: Output, policies: dict[str, type[CachePolicy]]) -> None:
     output.print(rows)
     output.print("\nA spec is name:key=value,key=value, for instance h2o:budget=1024,recent=0.5.")
     output.print("`kvpolicy policies NAME` explains one policy and its keys.")
+    output.print("`kvpolicy policies --features` says what engines offer under a policy.")
+
+
+def _print_features(output: Output) -> None:
+    """Print the table of features, then why some are refused."""
+    rows = table("feature", *ENGINES, left=1 + len(ENGINES))
+    reasons = table("refused", "in", "why, and what to do", left=3)
+    for row in FEATURES:
+        given = row.answers
+        rows.add_row(row.name, *(str(given.get(e, "-")).partition(":")[0] for e in ENGINES))
+        for engine, answer in given.items():
+            if isinstance(answer, Refused):
+                reasons.add_row(row.name, engine, f"{answer.reason}; {answer.remedy}")
+    output.print(rows)
+    output.print()
+    output.print(reasons)
 
 
 def _print_one(output: Output, name: str, cls: type[CachePolicy]) -> None:

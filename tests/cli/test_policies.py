@@ -1,15 +1,23 @@
 """`kvpolicy policies`: complete, and true about the hosts."""
 
+import ast
 import json
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
 from typing import get_args
 
 import pytest
 
 import kvpolicy
 from kvpolicy import PolicyError
+from kvpolicy.capabilities import HOSTS, Host, capability, settings
 from kvpolicy.cli import main
-from kvpolicy.cli.policies import HOSTS, capability, describe
+from kvpolicy.cli.policies import describe
+from kvpolicy.features import ENGINES, FEATURES, Untested
 from kvpolicy.policy import parameters
+
+ROOT = Path(__file__).parents[2]
 
 PARAMETERS = {name: {"budget": 64} for name in kvpolicy.available()} | {
     "full": {},
@@ -72,8 +80,6 @@ class Greedy(kvpolicy.ScorePolicy):
 
 def test_capability_follows_what_a_host_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     """A need that a host does not serve is a no with the reason."""
-    from kvpolicy.cli.policies import Host
-
     monkeypatch.setitem(HOSTS, "blind", Host(needs=(), refuses=()))
     assert capability(Greedy, "blind") == "no: it needs values"
     assert describe("greedy", Greedy)["hosts"]["blind"].startswith("no")
@@ -100,9 +106,81 @@ def test_a_value_that_one_host_refuses_is_named() -> None:
     """A policy that a host runs in part says which part it does not."""
     from kvpolicy.policies.fam import FAM
 
-    assert capability(FAM, "vllm") == "yes, not prefill=bulk, level=model"
+    assert capability(FAM, "vllm") == "yes, not level=model"
     assert capability(FAM, "transformers") == "yes"
     assert capability(FAM, "simulator") == "yes"
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_settings_are_what_the_classes_take(name: str) -> None:
+    """A setting is listed as taken where the class can be made with it, and only there."""
+    cls = kvpolicy.available()[name]
+    for setting, is_taken in settings(cls).items():
+        key, _, value = setting.partition("=")
+        if key not in parameters(cls):
+            assert not is_taken
+            continue
+        try:
+            cls(**PARAMETERS[name] | {key: value})
+        except kvpolicy.PolicyError:
+            assert not is_taken, setting
+        else:
+            assert is_taken, setting
+
+
+def test_features_are_listed_with_their_tests(capsys: pytest.CaptureFixture[str]) -> None:
+    """JSON and text hold every feature; refusals come with what to do."""
+    assert main(["policies", "--features", "--json", "-"]) == 0
+    listed_features = json.loads(capsys.readouterr().out)["features"]
+    assert [entry["name"] for entry in listed_features] == [row.name for row in FEATURES]
+    for entry in listed_features:
+        assert set(entry["engines"]) == set(ENGINES)
+        assert set(entry["engines"].values()) != {"-"}
+    assert main(["policies", "--features"]) == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert "drop --speculative-config" in words
+
+
+def test_every_row_names_a_test_that_exists() -> None:
+    """Nothing is said to work, or to be refused, that no test shows; names are not repeated."""
+    for row in FEATURES:
+        for answer in row.answers.values():
+            if not isinstance(answer, Untested):
+                file, _, function = answer.proof.partition("::")
+                tree = ast.parse((ROOT / "tests" / file).read_text())
+                names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+                assert function in names, row.name
+    assert len({row.name for row in FEATURES}) == len(FEATURES)
+
+
+def generator() -> ModuleType:
+    """The script that writes the page."""
+    spec = spec_from_file_location("generate", ROOT / "docs/reference/generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_is_current() -> None:
+    """The page of documentation says what the tables say; run docs/reference/generate.py."""
+    script = generator()
+    assert script.PAGE.read_text(encoding="utf-8") == script.page()
+
+
+def test_the_readme_says_the_same() -> None:
+    """The table "Policies and hosts" of the README agrees with the hosts."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = text.partition("## Policies and hosts")[2].partition("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line[:3] == "| `"]
+    assert {row[0].split("`")[1] for row in rows} == set(PARAMETERS)
+    for spec, _, *hosts in rows:
+        name, *settings_of_row = spec.replace("`", "").split(", ")
+        for host, answer in zip(HOSTS, hosts, strict=True):
+            can = capability(kvpolicy.available()[name], host)
+            refused = any(setting in can.partition("not ")[2] for setting in settings_of_row)
+            assert (answer == "no") == (can.startswith("no") or refused), (spec, host)
 
 
 def refusal_of(host: str, policy: kvpolicy.CachePolicy) -> str | None:

