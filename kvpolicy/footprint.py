@@ -207,8 +207,11 @@ class Pool:
 
 def peak_slots(law: Occupancy, tokens: int) -> int:
     """Most slots that a KV head has held once `tokens` tokens were processed."""
-    of_prompt = min(tokens, law.prompt_tokens or 0)  # a bulk prompt's end may be the peak
-    return max(law.num_blocks(tokens, 1), law.num_blocks(of_prompt, 1))
+    prompt = law.prompt_tokens or 0
+    if not prompt or law.retained is None or tokens <= prompt:
+        return law.num_blocks(tokens, 1)
+    behind = law.retained + min(tokens - prompt, law.interval)
+    return max(prompt, behind) + law.state_slots  # a bulk prompt's end may be the peak
 
 
 def position_limit(policy: CachePolicy, positions: int | None) -> int | None:
