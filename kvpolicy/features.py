@@ -83,6 +83,7 @@ ENGINES = ("transformers", "vllm")
 """Hosts that generate; a replay has none of these features to offer."""
 
 _NO_ROLLBACK = "evicted tokens cannot be brought back"
+_NO_TEST = "no test compares it with transformers yet"
 _FIXED_ROWS = "rows of a cache are fixed"
 _ENGINE = "integrations/test_vllm_engine.py::"
 _PARITY = "integrations/test_vllm_parity.py::"
@@ -123,6 +124,22 @@ FEATURES = (
         "preemption and recompute",
         vllm=Works(f"{_PARITY}test_preemption_and_recompute_change_nothing"),
     ),
+    Feature(
+        "aborted requests",
+        vllm=Works("integrations/test_vllm_prompts.py::test_aborted_requests_leave_nothing_behind"),
+    ),
+    Feature(
+        "chats of several turns",
+        vllm=Works(
+            "integrations/test_vllm_prompts.py::test_a_second_turn_shares_the_first_turns_prompt",
+            "every turn is the whole conversation, of which protect=prompt shares blocks",
+        ),
+    ),
+    Feature("several answers to a prompt (n > 1)", vllm=Untested(_NO_TEST)),
+    Feature("log-probabilities of answers and prompts", vllm=Untested(_NO_TEST)),
+    Feature("structured output", vllm=Untested(_NO_TEST)),
+    Feature("priority scheduling", vllm=Untested(_NO_TEST)),
+    Feature("streamed answers", vllm=Untested(_NO_TEST)),
     Feature(
         "several engines in a process",
         vllm=Works(f"{_ENGINE}test_stock_and_policies_share_a_process"),
@@ -168,6 +185,7 @@ FEATURES = (
     ),
     Feature(
         "beam search",
+        vllm=Untested(_NO_TEST),
         transformers=Refused(
             f"{_NO_ROLLBACK} and {_FIXED_ROWS}", "use num_beams=1, greedy or sampling", _GENERATIONS
         ),
