@@ -32,7 +32,8 @@ FEATURES_INTRODUCTION = """\
 
 Each works, and the test that is named shows it, or is refused: by vLLM's engine when it starts, \
 by transformers at the call. Untested: it runs, and nothing here shows that it computes the same. \
-A dash: the engine has no such thing, or it is not a matter of the cache. A replay has no engine; what it computes is [a page of its own](../explanation/replay.md).
+A dash: the engine has no such thing, or it is not a matter of the cache. A replay has no engine; \
+what it computes is [a page of its own](../explanation/replay.md).
 """
 
 REFUSALS_INTRODUCTION = """\
