@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import UnsupportedError
+from kvpolicy.memory.answers import attended
 from kvpolicy.memory.decoder import Decoder
 from kvpolicy.memory.policy import MemoryPolicy
 from kvpolicy.memory.state import Attended, Memory, Passage, Question, Setting, Shape
@@ -138,7 +139,7 @@ class AttentionLayer:
         policy = self.memory_policy
         assert policy is not None, "it made the memory"
         question = Question(q.float(), positions, evicted, logits, values, self.setting)
-        return policy.attend(memory, question)
+        return attended(policy, memory, question)
 
     def passage(
         self,

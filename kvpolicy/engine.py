@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from kvpolicy.attention import AttentionLayer, weighted_values
+from kvpolicy.memory.answers import absorbed, reflected
 from kvpolicy.memory.state import Memory
 from kvpolicy.occupancy import Occupancy
-from kvpolicy.selection import select_victims
+from kvpolicy.selection import new_statistic, select_victims
 from kvpolicy.slots import Slots, survivors
 
 
@@ -143,7 +144,7 @@ def _observe(layer: AttentionLayer, slots: Slots, now: _Moment) -> Tensor:
             values=slots.values[:, :, :held],
             prompts=slots.prompts,
         )
-        return policy.observe(view)
+        return new_statistic(policy, view)
     if layer.accumulates:
         ages = layer.window_ages(slots.laws(layer.occupancy), now.tokens)
         ages = None if ages is None else ages.view(-1, 1, 1)
@@ -173,7 +174,7 @@ def _reflect(layer: AttentionLayer, slots: Slots, now: _Moment) -> Memory | None
         lse=now.lse[index],
     )
     changed = memory.rows(torch.arange(len(now.tokens), device=now.query.device))
-    changed.put_rows(index, policy.reflect(part.memory, passage))
+    changed.put_rows(index, reflected(policy, part.memory, passage))
     return changed
 
 
@@ -211,7 +212,7 @@ def _evict(
         passage = layer.passage(
             part, victims, surplus, n=view.n, query=now.query[index], lse=now.lse[index]
         )
-        kept.memory = layer.memory_policy.absorb(memory.rows(index), passage)
+        kept.memory = absorbed(layer.memory_policy, memory.rows(index), passage)
     return kept
 
 

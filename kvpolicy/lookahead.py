@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from kvpolicy.attention import AttentionLayer, weighted_values
+from kvpolicy.memory.answers import absorbed, reflected
 from kvpolicy.memory.state import Memory, Passage
 from kvpolicy.policy import View
-from kvpolicy.selection import select_victims
+from kvpolicy.selection import new_statistic, select_victims
 from kvpolicy.slots import Slots, survivors
 
 BLOCK = 128
@@ -212,7 +213,7 @@ class Block:
         positions = self.columns.slots.positions
         newest = (positions >= n - policy.boundary_tokens) & (positions < n)
         passage = self._passage(newest, policy.boundary_tokens, last, query, lse)
-        return policy.reflect(memory, passage)
+        return reflected(policy, memory, passage)
 
     def _absorb(self, memory: Memory, last: int, query: Tensor, lse: Tensor) -> Memory:
         """The memory with the tokens evicted after the block's first `last` tokens."""
@@ -220,7 +221,7 @@ class Block:
         assert policy is not None, "it has a memory"
         victims = self.columns.death == last
         count = self.law.surplus(self.seen + last)
-        return policy.absorb(memory, self._passage(victims, count, last, query, lse))
+        return absorbed(policy, memory, self._passage(victims, count, last, query, lse))
 
     def _passage(
         self, chosen: Tensor, count: int, last: int, query: Tensor, lse: Tensor
@@ -264,7 +265,8 @@ class Block:
         assert policy is not None
         for offset in range(pooled.shape[2]):
             view = self._view(first + offset + 1, pooled[:, :, offset])
-            columns.accumulated = torch.where(view.valid, policy.observe(view), columns.accumulated)
+            statistic = new_statistic(policy, view)
+            columns.accumulated = torch.where(view.valid, statistic, columns.accumulated)
 
     def _evict(self, last: int, pooled: Tensor | None) -> None:
         """Evict after the block's first `last` tokens."""

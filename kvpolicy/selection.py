@@ -4,6 +4,8 @@ This is the only place that decides which slots go. Scores rank, masks protect: 
 value, however large, protects a slot.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -29,21 +31,52 @@ def select_victims(
     """Choose the `surplus` slots per KV head that go in this eviction; [B, H_kv, S] bool.
 
     Raises:
-        PolicyError: The policy's scores have the wrong shape or are not numbers.
+        PolicyError: The policy's scores have the wrong shape or are not numbers, or it protects
+            more slots than its budget holds.
     """
     if policy.scope_is_layer and ranks.count > 1:
         # Every rank makes the whole layer's decision, so that it is the decision of one process.
         victims = select_victims(policy, ranks.whole_layer(view), surplus)
         return victims[:, : view.positions.shape[1]]
-    scores = policy.score(view)
+    candidates = view.valid & ~protected(policy, view)
+    scores = policy.score(shown(policy, view))
     check_scores(policy, scores, view)
     if policy.scope_is_layer:
         scores = scores.float().mean(dim=1, keepdim=True).expand_as(view.positions)
-    return lowest(scores, view.positions, view.valid & ~protected(policy, view), surplus)
+        check_scores(policy, scores, view)  # the mean of inf and -inf is no number
+    victims = lowest(scores, view.positions, candidates, surplus)
+    counts = victims.sum(dim=-1)
+    if bool((counts != surplus).any()):
+        raise PolicyError(
+            f"{policy}: {surplus} slots must go, but only {int(counts.min())} are not protected; "
+            "protect fewer tokens"
+        )
+    return victims
 
 
-def check_scores(policy: EvictionPolicy, scores: Tensor, view: View) -> None:
+def new_statistic(policy: EvictionPolicy, view: View) -> Tensor:
+    """What a policy with its own `observe` remembers of the slots from now on; [B, H_kv, S].
+
+    Raises:
+        PolicyError: It has the wrong shape or is no numbers.
+    """
+    statistic = policy.observe(shown(policy, view))
+    check_scores(policy, statistic, view, "observe")
+    return statistic.float()
+
+
+def shown(policy: EvictionPolicy, view: View) -> View:
+    """A view that the policy may write into: a stranger's gets tensors of its own."""
+    if type(policy).__module__.startswith("kvpolicy."):
+        return view
+    tensors = {name: x.clone() for name, x in vars(view).items() if isinstance(x, Tensor)}
+    return replace(view, **tensors)
+
+
+def check_scores(policy: EvictionPolicy, scores: Tensor, view: View, method: str = "score") -> None:
     """Raise PolicyError unless every valid slot has a score that can be ordered.
+
+    Infinite scores can.
 
     A row whose own evidence is not finite is excused: its result is lost already, and failing
     would take the other rows of the batch with it.
@@ -51,16 +84,18 @@ def check_scores(policy: EvictionPolicy, scores: Tensor, view: View) -> None:
     if not isinstance(scores, Tensor) or scores.shape != view.positions.shape:
         got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise PolicyError(
-            f"{policy}: score() must return a tensor [B, H_kv, S] = "
+            f"{policy}: {method}() must return a tensor [B, H_kv, S] = "
             f"{tuple(view.positions.shape)}, got {got}"
         )
     if scores.is_complex():
-        raise PolicyError(f"{policy}: score() returned {scores.dtype}; return real scores")
+        raise PolicyError(f"{policy}: {method}() returned {scores.dtype}; return real numbers")
     if not scores.is_floating_point():
         return
     unordered = (scores.isnan() & view.valid).flatten(1).any(dim=1)  # [B]
     if bool(unordered.any()) and bool((unordered & ~_lost(view)).any()):
-        raise PolicyError(f"{policy}: score() returned NaN for a held slot; return finite scores")
+        raise PolicyError(
+            f"{policy}: {method}() returned NaN for a held slot; return numbers that can be ordered"
+        )
 
 
 def _lost(view: View) -> Tensor:

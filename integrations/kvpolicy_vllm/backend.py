@@ -4,7 +4,7 @@ The backend is vLLM's own, with another page layout (a state tail), a plan inste
 metadata, and an implementation that writes, attends and evicts in that order.
 """
 
-from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -29,16 +29,17 @@ from kvpolicy.memory.state import Shape
 from kvpolicy.rotary import Rotary
 from kvpolicy_vllm.allotment import PageShape, allotment_of, memory_policy
 from kvpolicy_vllm.config import check_engine
+from kvpolicy_vllm.containment import contain
 from kvpolicy_vllm.dispatch import forget_choice
 from kvpolicy_vllm.engine import Engine
 from kvpolicy_vllm.execution import LayerBatch, attend_in_place, decide, place, walk
 from kvpolicy_vllm.kernel import Kernel
 from kvpolicy_vllm.memory import PagedMemory, rehearse
+from kvpolicy_vllm.metadata import RetentionMetadata
 from kvpolicy_vllm.pages import Pages
-from kvpolicy_vllm.plan import NULL_BLOCK, InPlace, Plan, Row, make_plan
+from kvpolicy_vllm.plan import NULL_BLOCK, Decision, InPlace, Recollection, Row, Walk, make_plan
 from kvpolicy_vllm.ranks import tensor_ranks
 from kvpolicy_vllm.recollection import recollect
-from kvpolicy_vllm.recording import RecordedRow
 from kvpolicy_vllm.spec import RetentionSpec
 
 if TYPE_CHECKING:
@@ -51,21 +52,6 @@ _MAX_POLICIES = 256
 
 PLAIN_ROTARY = ("llama", "qwen3", "mistral", "gemma")
 """Model types whose rotary embedding is known to be half-split and in every layer."""
-
-
-@dataclass
-class RetentionMetadata:
-    """What the layers need of one forward.
-
-    Attributes:
-        plan: The rows and what is done with them.
-        schedule: The kernel's own plan for the rows attended in place.
-        recorded: Rows whose attention goes into traces.
-    """
-
-    plan: Plan
-    schedule: Tensor | None
-    recorded: list[RecordedRow]
 
 
 class RetentionBackend(CPUAttentionBackend):
@@ -151,11 +137,17 @@ class RetentionMetadataBuilder(CPUAttentionMetadataBuilder):
     ) -> RetentionMetadata:
         """Plan a forward from the batch's lengths and block table."""
         common = common_attn_metadata
-        rows = self._rows(common)
-        plan = make_plan(rows, common.block_table_tensor, self.block_size, common.num_actual_tokens)
+        rows, table = self._rows(common), common.block_table_tensor
+        metadata = self._planned(rows, table, common.num_actual_tokens)
+        metadata.recorded = self.engine.recorded(rows, table)
+        return metadata
+
+    def _planned(self, rows: list[Row], table: Tensor, num_tokens: int) -> RetentionMetadata:
+        """The plan of some of a batch's rows."""
+        plan = make_plan(rows, table, self.block_size, num_tokens)
         schedule = None if plan.in_place is None else self._schedule(plan.in_place)
-        recorded = self.engine.recorded(rows, common.block_table_tensor)
-        return RetentionMetadata(plan, schedule, recorded)
+        again = partial(self._planned, table=table, num_tokens=num_tokens)
+        return RetentionMetadata(rows, plan, schedule, again)
 
     def _rows(self, common: "CommonAttentionMetadata") -> list[Row]:
         """The rows of requests; dummy rows of warm-up own no blocks."""
@@ -298,30 +290,52 @@ class RetentionImpl(CPUAttentionBackendImpl):
         """
         if attn_metadata is None:
             return output
-        plan, index = attn_metadata.plan, extract_layer_index(layer.layer_name)
+        index = extract_layer_index(layer.layer_name)
         self._bind(kv_cache, layer.isa, index)
-        batch = LayerBatch(query, key, value, output)
-        if self.engine.keeps_numbers and len(plan.entered):
-            # vLLM's kernel multiplies all of a block's values, unwritten ones by zero; halves of
-            # float32 numbers that a request left behind may be no number of a narrower dtype.
+        batch, metadata = LayerBatch(query, key, value, output), attn_metadata.of_layer(index)
+
+        def run(row: Row) -> None:
+            alone = metadata.planned([row])
+            self._place(alone, batch)
+            for part in alone.plan.parts:
+                self._carry_out(part, index, batch)
+
+        self._place(metadata, batch)
+        for part in metadata.plan.parts:
+            try:
+                self._carry_out(part, index, batch)
+            except Exception:  # of whose making shows with each row alone
+                contain(part.rows, index, run, self.engine.book)
+        for row in attn_metadata.recorded:
+            row.record(index, batch, self._pages, self.scale)
+        return output
+
+    def _place(self, metadata: RetentionMetadata, batch: LayerBatch) -> None:
+        """Append tokens to their slots, and attend where the slots stay as they are."""
+        plan = metadata.plan
+        if len(plan.entered):
+            # vLLM's kernel multiplies all of a block's values, unwritten ones by zero, and what a
+            # request left behind may be no number: its values were none, or halves of float32.
             self._pages.clear(plan.entered)
         if plan.placement is not None:
             place(plan.placement, self._kernel, self._pages, batch)
         if plan.in_place is not None:
-            assert attn_metadata.schedule is not None, "made with the plan"
-            attend_in_place(plan.in_place, self._kernel, batch, attn_metadata.schedule)
-        for decision in plan.decisions:
-            decide(decision, self._layer(decision.policy, index), self._pages, query)
-        for part in plan.recollections:
-            memory = self._memory(part.policy, index)
-            assert memory is not None, "only policies with a memory read one"
-            recollect(part, memory, batch)
-        for part in plan.walks:
-            layer_, memory = self._layer(part.policy, index), self._memory(part.policy, index)
-            walk(part, layer_, self._pages, batch, memory)
-        for row in attn_metadata.recorded:
-            row.record(index, batch, self._pages, self.scale)
-        return output
+            assert metadata.schedule is not None, "made with the plan"
+            attend_in_place(plan.in_place, self._kernel, batch, metadata.schedule)
+
+    def _carry_out(
+        self, part: Decision | Recollection | Walk, index: int, batch: LayerBatch
+    ) -> None:
+        """Ask a policy about its rows; if that fails, their slots are as they were."""
+        layer, memory = self._layer(part.policy, index), self._memory(part.policy, index)
+        match part:
+            case Decision():
+                decide(part, layer, self._pages, batch.query)
+            case Recollection():
+                assert memory is not None, "only policies with a memory read one"
+                recollect(part, memory, batch)
+            case Walk():
+                walk(part, layer, self._pages, batch, memory)
 
     def _layer(self, policy: CachePolicy, index: int) -> AttentionLayer:
         """The core's view of this layer under a policy."""

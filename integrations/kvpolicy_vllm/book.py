@@ -22,6 +22,9 @@ from kvpolicy_vllm.pages import Pages, rows_of
 
 logger = init_logger(__name__)
 
+_log = init_logger("vllm.kvpolicy")
+"""Below vLLM's own logger, whose handlers and level it shares."""
+
 _INTERNAL_SUFFIX = re.compile(r"-[0-9a-f]{8}$")
 
 _SUMMED = ("logical_tokens", "retained", "evicted", "merged", "evictions", "policy_seconds")
@@ -46,9 +49,26 @@ class RequestLedger(Ledger):
     Attributes:
         allotted_by: Spec of the server's policy, by which blocks are allotted whatever the
             request brings.
+        fault: At which token and why its policy failed first, and in how many layers; None if it
+            never did.
     """
 
     allotted_by: str
+    fault: str | None = None
+
+
+class Fault(NamedTuple):
+    """A policy's first failure for a request in a layer, where a window goes on from then on.
+
+    Attributes:
+        token: Tokens that the request had seen, the one of the failure included.
+        layer: The layer.
+        reason: What went wrong, on one line.
+    """
+
+    token: int
+    layer: int
+    reason: str
 
 
 @dataclass
@@ -56,20 +76,33 @@ class Account:
     """What happened to one request so far.
 
     Attributes:
+        name: The request's id.
         policy: Its policy.
         allotment: What its blocks hold.
         tokens: Tokens processed.
         evicted_cells: Slots evicted, counted over all layers and KV heads.
         policy_seconds: Time spent observing and evicting.
         memories: Where its memory lies, by layer; only layers in which it was written.
+        faults: Where its policy failed, by layer.
     """
 
+    name: str
     policy: CachePolicy
     allotment: Allotment
     tokens: int = 0
     evicted_cells: int = 0
     policy_seconds: float = 0.0
     memories: dict[int, PagedMemory] = field(default_factory=dict)
+    faults: dict[int, Fault] = field(default_factory=dict)
+
+    @property
+    def fault(self) -> str | None:
+        """Its earliest failure, and in how many layers there was one; None without any."""
+        if not self.faults:
+            return None
+        first, count = min(self.faults.values()), len(self.faults)
+        where = "1 layer" if count == 1 else f"{count} layers"
+        return f"token {first.token}, layer {first.layer}: {first.reason} ({where} under a window)"
 
 
 class Finished(NamedTuple):
@@ -101,6 +134,7 @@ class Book:
         ledgers: Finished requests.
         states: Retained positions of finished requests, by layer.
         faults: What went wrong, one line each.
+        contained: Requests whose policy failed, so that a window goes on for it.
         observers: Told of every finished request.
     """
 
@@ -112,6 +146,7 @@ class Book:
     ledgers: OrderedDict[str, RequestLedger] = field(default_factory=OrderedDict)
     states: OrderedDict[str, dict[int, Tensor]] = field(default_factory=OrderedDict)
     faults: deque[str] = field(default_factory=lambda: deque(maxlen=_MAX_FAULTS))
+    contained: int = 0
     observers: list[Callable[[Finished], None]] = field(default_factory=list)
 
     def post(
@@ -126,9 +161,25 @@ class Book:
         if account is None or seen <= allotment.kept:
             if account is not None:
                 self._check(request_id, account)
-            account = self.accounts[request_id] = Account(policy, allotment)
+            account = self.accounts[request_id] = Account(
+                external_id(request_id), policy, allotment
+            )
         account.tokens = total
         return account
+
+    def contain(self, account: Account, fault: Fault) -> None:
+        """Note that a request's policy failed in a layer; of its first failure the log tells."""
+        if not account.faults:
+            self.contained += 1
+            _log.warning(
+                "kvpolicy: request %s under %s: %s (token %d, layer %d); a window goes on there",
+                account.name,
+                account.policy,
+                fault.reason,
+                fault.token,
+                fault.layer,
+            )
+        account.faults[fault.layer] = fault
 
     def close(self, request_id: str, blocks: Sequence[int]) -> None:
         """Turn a request's account into its ledger, and remember what it retained."""
@@ -184,9 +235,27 @@ class Book:
             * num_layers,
             evictions=account.allotment.law.evictions(account.tokens),
             policy_seconds=account.policy_seconds,
-            merged=_merged(account, blocks, evicted) if blocks else 0,
+            merged=self._merged(account, blocks, evicted) if blocks else 0,
             allotted_by=self.allotted_by,
+            fault=account.fault,
         )
+
+    def _merged(self, account: Account, blocks: Sequence[int], evicted: int | float) -> int | float:
+        """Evicted tokens that a request's memories stand for, mean over layers and KV heads.
+
+        Nobody reads a memory any more in a layer where the policy failed.
+        """
+        index, total = torch.tensor([list(blocks)]), 0.0
+        for layer, memory in account.memories.items():
+            if layer in account.faults:
+                continue
+            try:
+                count = memory.policy.merged(memory.load(index), 0, evicted)  # pyright: ignore[reportArgumentType]
+                total += float(count)
+            except Exception as error:
+                reason = f"merged() raised {type(error).__name__}: {error}"
+                self.contain(account, Fault(account.tokens, layer, reason))
+        return _plain(total / max(len(account.memories), 1))
 
     @property
     def _num_heads(self) -> int:
@@ -250,16 +319,6 @@ def _retained(
         layer: rows_of(pages.positions, index, first + held)[0, :, first:].sort(dim=-1).values
         for layer, pages in layers.items()
     }
-
-
-def _merged(account: Account, blocks: Sequence[int], evicted: int | float) -> int | float:
-    """Evicted tokens that a request's memories stand for, mean over layers and KV heads."""
-    index = torch.tensor([list(blocks)])
-    counts = [
-        memory.policy.merged(memory.load(index), 0, evicted)  # pyright: ignore[reportArgumentType]
-        for memory in account.memories.values()
-    ]
-    return _plain(sum(counts) / max(len(counts), 1))
 
 
 def _plain(mean: float) -> int | float:

@@ -179,11 +179,6 @@ class Engine:
         batch = self.runner.input_batch
         return self.named_prompts.setdefault(batch.req_ids[row], int(batch.num_prompt_tokens[row]))
 
-    @property
-    def keeps_numbers(self) -> bool:
-        """Whether requests may leave a memory's numbers behind in blocks."""
-        return self.allotment_of(self.policy).state_blocks > 0
-
     def follow(self, update: "BatchUpdate") -> None:
         """Keep what is known of rows with their requests: removed, then added, then moved rows.
 

@@ -72,7 +72,8 @@ def attend_in_place(part: InPlace, kernel: Kernel, batch: LayerBatch, schedule: 
 def decide(decision: Decision, layer: AttentionLayer, pages: Pages, query: Tensor) -> None:
     """Observe the newest tokens' attention and evict where it is due.
 
-    The rows' tokens were already appended and attended.
+    The rows' tokens were already appended and attended. Everything is decided before anything is
+    stored: if the policy fails, the pages are as they were.
 
     Args:
         decision: Rows of one policy.
@@ -81,13 +82,19 @@ def decide(decision: Decision, layer: AttentionLayer, pages: Pages, query: Tenso
         query: [T, H, D] of the whole batch.
     """
     begin = perf_counter()
-    weights = None
+    weights = accumulated = None
     if layer.needs_weights:
         weights = _weights(decision, layer, pages, query)
         if layer.accumulates:
-            _accumulate(decision, layer, pages, weights)
-    for due in _parts(decision):
-        _evict(decision, due, layer, pages, weights)
+            accumulated = _folded(decision, layer, pages, weights)
+    victims = [
+        (due, _victims(decision, due, layer, pages, weights, accumulated))
+        for due in _parts(decision)
+    ]
+    if accumulated is not None:
+        put_rows(pages.accumulated, decision.written, accumulated)
+    for due, chosen in victims:
+        _evict(decision, due, pages, chosen)
     post_time(decision.rows, perf_counter() - begin)
 
 
@@ -124,13 +131,12 @@ def newest_logits(
     return torch.stack(parts).transpose(2, 3).flatten(3)
 
 
-def _accumulate(decision: Decision, layer: AttentionLayer, pages: Pages, weights: Tensor) -> None:
-    """Fold the newest tokens' rows into the statistic kept with the slots."""
+def _folded(decision: Decision, layer: AttentionLayer, pages: Pages, weights: Tensor) -> Tensor:
+    """The statistic kept with the slots, with the newest tokens' rows; [R, H_kv, S]."""
     before = rows_of(pages.accumulated, decision.blocks, weights.shape[-1])
     ages = layer.window_ages(*zip(*((row.law, row.total) for row in decision.rows), strict=True))
     ages = None if ages is None else ages.view(-1, 1, 1)
-    after = layer.fold(before, weights[:, :, None], decision.visible.view(-1, 1, 1), ages)
-    put_rows(pages.accumulated, decision.written, after)
+    return layer.fold(before, weights[:, :, None], decision.visible.view(-1, 1, 1), ages)
 
 
 def _parts(decision: Decision) -> list[list[int]]:
@@ -144,14 +150,15 @@ def _parts(decision: Decision) -> list[list[int]]:
     return parts
 
 
-def _evict(
+def _victims(
     decision: Decision,
     indices: list[int],
     layer: AttentionLayer,
     pages: Pages,
     weights: Tensor | None,
-) -> None:
-    """Choose the victims of rows that show and drop equally many slots, and fill the holes."""
+    accumulated: Tensor | None,
+) -> Tensor:
+    """Victims among the slots of rows that show and drop equally many; [R', H_kv, S] bool."""
     due, rows = torch.tensor(indices), [decision.rows[index] for index in indices]
     blocks, capacity, surplus = decision.blocks[due], rows[0].visible, rows[0].surplus
     needs = decision.policy.needs
@@ -162,13 +169,19 @@ def _evict(
         n=decision.totals[due],
         visible=decision.visible[due],
         weights=None if weights is None else weights[due][..., :capacity],
-        accumulated=rows_of(pages.accumulated, blocks, capacity) if layer.accumulates else None,
+        accumulated=None if accumulated is None else accumulated[due][..., :capacity],
         keys=pages.read_keys(blocks)[:, :, :capacity] if "keys" in needs else None,
         values=pages.read_values(blocks)[:, :, :capacity] if "values" in needs else None,
         prompts=[row.allotment.kept for row in rows],
     )
-    victims = select_victims(decision.policy, view, surplus, layer.ranks)
-    fill_holes(pages, blocks, victims, capacity - surplus)
+    return select_victims(decision.policy, view, surplus, layer.ranks)
+
+
+def _evict(decision: Decision, indices: list[int], pages: Pages, victims: Tensor) -> None:
+    """Fill the holes that victims leave in rows that show and drop equally many slots."""
+    rows = [decision.rows[index] for index in indices]
+    blocks = decision.blocks[torch.tensor(indices)]
+    fill_holes(pages, blocks, victims, rows[0].visible - rows[0].surplus)
     for row, dropped in zip(rows, victims.sum(dim=(1, 2)).tolist(), strict=True):
         row.account.evicted_cells += dropped
 

@@ -83,6 +83,10 @@ COUNTERS = {
         lambda request: max(0, request.ledger.bytes_saved),
         adds_up=True,
     ),
+    "kvpolicy_contained_faults": Counter(
+        "Finished requests whose policy failed, so that a window went on for it; should stay 0.",
+        lambda request: request.ledger.fault is not None,
+    ),
     "kvpolicy_ledger_errors": Counter(
         "Finished requests whose evictions differ from their occupancy law; should stay 0.",
         lambda request: not request.is_sound,

@@ -117,12 +117,19 @@ class Row:
         """Whether the row reads a memory that was written before and does not change."""
         if self.num_tokens > 1 or self.seen == 0 or self.is_due:
             return False
-        if memory.next_boundary(self.seen) == self.total:
+        if self._is_boundary(memory):
             return False
         if isinstance(memory, SlotMemoryPolicy):
             return True
         # Other ways of reading are walked: here they are taken apart, around vLLM's kernel.
         return type(memory).attend is Infini.attend and not memory.needs
+
+    def _is_boundary(self, memory: MemoryPolicy) -> bool:
+        """Whether the policy rewrites its memory after the last token."""
+        try:
+            return memory.next_boundary(self.seen) == self.total
+        except Exception:  # fails again where the row is walked, and is contained there
+            return True
 
     @property
     def has_slot_memory(self) -> bool:
@@ -265,6 +272,11 @@ class Plan:
     decisions: list[Decision]
     recollections: list[Recollection]
     walks: list[Walk]
+
+    @property
+    def parts(self) -> list[Decision | Recollection | Walk]:
+        """What asks policies: rows of one policy each."""
+        return [*self.decisions, *self.recollections, *self.walks]
 
 
 def make_plan(rows: list[Row], block_table: Tensor, block_size: int, num_tokens: int) -> Plan:

@@ -16,7 +16,7 @@ def log(request: "Finished") -> None:
     ledger = request.ledger
     logger.info(
         "kvpolicy: request=%s policy=%s tokens=%d retained=%s evicted=%s merged=%s evictions=%d "
-        "blocks=%d bytes_held=%d bytes_saved=%d policy_ms=%.3f allotted_by=%s",
+        "blocks=%d bytes_held=%d bytes_saved=%d policy_ms=%.3f allotted_by=%s contained=%d",
         request.request_id,
         ledger.policy,
         ledger.logical_tokens,
@@ -29,4 +29,5 @@ def log(request: "Finished") -> None:
         ledger.bytes_saved,
         1e3 * ledger.policy_seconds,
         ledger.allotted_by,
+        ledger.fault is not None,
     )

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,12 +10,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import kvpolicy
+from fixtures.faults import FaultyDigest
 from kvpolicy import PolicyError
 from kvpolicy.memory.linear import LinearMemory, calibrated_log_mass, features, observe_mass
 from kvpolicy.memory.parameters import load_parameters
 from kvpolicy.memory.state import Shape
 from kvpolicy.policies.compressive import Compressive
-from kvpolicy.rehearsal import Case, by_steps
+from kvpolicy.rehearsal import Case, Row, by_chunks, by_steps
 
 
 def test_features_of_very_negative_numbers_stay_positive_and_exact() -> None:
@@ -96,3 +98,37 @@ def test_a_missing_method_is_named() -> None:
     case = Case(lengths=(12, 12))
     with pytest.raises(PolicyError, match=r"defines no absorb\(memory, passage\)"):
         by_steps(Forgetful(budget=6), case)
+
+
+@pytest.mark.parametrize("run", [by_steps, by_chunks])
+@pytest.mark.parametrize(
+    ("how", "word"),
+    [
+        ("absorb_nan", r"absorb\(\) returned NaN"),
+        ("absorb_shape", r"absorb\(\) must return a SlotMemory with tensors of shapes"),
+        ("absorb_type", "NoneType"),
+        ("attend_nan", r"attend\(\) returned NaN"),
+        ("attend_shape", r"attend\(\) must return `output`"),
+    ],
+)
+def test_what_a_memory_returns_is_held_to_its_form(run: Any, how: str, word: str) -> None:
+    """Proves wrong shapes, types and NaN are refused in steps and in look-ahead, by name."""
+    with pytest.raises(PolicyError, match=word):
+        run(FaultyDigest(budget=8, how=how), Case(lengths=(12, 12)))
+
+
+def test_a_row_that_is_no_number_does_not_fail_its_batch() -> None:
+    """Proves a row whose own values are infinite is excused, and the other row unharmed."""
+    policy, case = kvpolicy.parse("centroid:budget=8"), Case(lengths=(20, 20))
+    expected = by_chunks(policy, case)
+    clean = Case._row
+
+    def infinite(self: Case, index: int, length: int) -> Row:
+        row = clean(self, index, length)
+        return row if index else Row(row.q, row.k, row.v * torch.inf)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Case, "_row", infinite)
+        found = by_chunks(policy, case)
+    assert torch.equal(found.outputs[1], expected.outputs[1])
+    assert not bool(found.outputs[0].isfinite().all())

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import kvpolicy
+from fixtures.faults import Faulty, FaultyWatcher
 from kvpolicy.policy import EvictionPolicy, View
-from kvpolicy.selection import lowest, protected, select_victims
+from kvpolicy.selection import lowest, new_statistic, protected, select_victims
 from kvpolicy.slots import survivors
 from strategies import Choice, choices
 
@@ -204,6 +205,66 @@ def test_scores_that_cannot_be_ordered_are_refused(scores: Tensor, word: str) ->
 
     with pytest.raises(kvpolicy.PolicyError, match=word):
         select_victims(Wrong(budget=2), a_view([0, 1, 2], n=3), 1)
+
+
+def test_scores_without_a_mean_are_refused_where_heads_share_a_set() -> None:
+    """Proves that opposite infinities do not pass as NaN, which would protect the slot."""
+    scores = torch.tensor([[[0.0, torch.inf, 1.0], [0.0, -torch.inf, 1.0]]])
+    one = a_view([0, 1, 2], n=3)
+    view = replace(one, positions=one.positions.expand(1, 2, 3), valid=one.valid.expand(1, 2, 3))
+    marked = select_victims(Scripted(budget=2), replace(view, accumulated=scores), 1)
+    assert marked.tolist() == [[[True, False, False], [False, True, False]]]
+
+    class Opposite(kvpolicy.ScorePolicy):
+        """Rates one slot infinitely high and low."""
+
+        scope: str = "layer"
+
+        def score(self, view: View) -> Tensor:
+            return scores
+
+    with pytest.raises(kvpolicy.PolicyError, match="NaN for a held slot"):
+        select_victims(Opposite(budget=2), view, 1)
+
+
+def test_more_protected_slots_than_the_budget_holds_are_refused() -> None:
+    """Proves that an eviction takes as many slots as the law says, or none at all."""
+    view = a_view([0, 1, 2], n=3, accumulated=torch.zeros(1, 1, 3))
+    with pytest.raises(kvpolicy.PolicyError, match="1 slots must go, but only 0 are not protected"):
+        select_victims(Faulty(budget=2, how="protect"), view, 1)
+
+
+@pytest.mark.parametrize(
+    ("how", "word"),
+    [
+        ("shape", r"observe\(\) must return a tensor"),
+        ("complex", r"observe\(\) returned torch.complex64"),
+        ("nothing", "got NoneType"),
+        ("nan", r"observe\(\) returned NaN"),
+    ],
+)
+def test_statistics_that_are_none_are_refused(how: str, word: str) -> None:
+    """Proves that what a policy remembers is held to the form of its scores."""
+    seen = torch.ones(1, 2, 3)
+    one = a_view([0, 1, 2], n=3, weights=seen, accumulated=seen)
+    view = replace(one, positions=one.positions.expand(1, 2, 3), valid=one.valid.expand(1, 2, 3))
+    with pytest.raises(kvpolicy.PolicyError, match=word):
+        new_statistic(FaultyWatcher(budget=2, how=how), view)
+
+
+def test_a_policy_may_write_into_what_it_is_shown() -> None:
+    """Proves that slots, protection and the other hosts' tensors never follow a policy's pen."""
+    evidence = {name: torch.tensor([[[3.0, 1.0, 2.0]]]) for name in ("weights", "accumulated")} | {
+        "values": torch.ones(1, 1, 3, 2)
+    }
+    view = a_view([0, 1, 2], n=3, **evidence)
+    before = {name: x.clone() for name, x in vars(view).items() if isinstance(x, Tensor)}
+    marked = select_victims(Faulty(budget=2, how="scribble"), view, 1)
+    assert marked[0, 0].tolist() == [False, True, False]
+    statistic = new_statistic(FaultyWatcher(budget=2, how="scribble"), view)
+    assert statistic.tolist() == [[[3.0, 1.0, 2.0]]]
+    for name, x in before.items():
+        assert torch.equal(getattr(view, name), x), name
 
 
 def test_nan_in_a_slot_that_is_not_held_is_no_error() -> None:

@@ -17,7 +17,7 @@ import kvpolicy
 import kvpolicy_vllm
 from fixtures.engines import generate, start_engine
 from fixtures.models import random_llama, random_prompt, save_model
-from kvpolicy_vllm.book import Finished
+from kvpolicy_vllm.book import Finished, RequestLedger
 from kvpolicy_vllm.metrics import OURS, SHARED, Meter
 
 pytestmark = pytest.mark.vllm
@@ -211,7 +211,7 @@ def test_ranks_of_one_engine_are_not_counted_twice(tmp_path):
         Meter(tmp_path, f"kvpolicy-1-abc-{rank}", labels, is_first=rank == 0) for rank in (0, 1)
     ]
     policy = kvpolicy.parse("window:budget=8")
-    ledger = kvpolicy.Ledger(
+    ledger = RequestLedger(
         policy=str(policy),
         logical_tokens=20,
         retained=8,
@@ -222,6 +222,8 @@ def test_ranks_of_one_engine_are_not_counted_twice(tmp_path):
         bytes_saved=50,
         evictions=12,
         policy_seconds=0.5,
+        allotted_by=str(policy),
+        fault="token 9, layer 0: it failed (1 layer under a window)",
     )
     from kvpolicy_vllm.metrics import Running
 
@@ -231,6 +233,7 @@ def test_ranks_of_one_engine_are_not_counted_twice(tmp_path):
         meter.show([Running(policy, 8, 1, 100)])
     seen = scrape(tmp_path)
     assert seen["kvpolicy_requests_finished_total"] == 1
+    assert seen["kvpolicy_contained_faults_total"] == 1
     assert seen["kvpolicy_evicted_tokens_total"] == 12
     assert seen["kvpolicy_policy_seconds_total"] == 0.5
     assert seen["kvpolicy_bytes_saved_total"] == 100

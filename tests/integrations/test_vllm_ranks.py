@@ -13,7 +13,7 @@ def report(heads: int, **ledgers: dict) -> dict:
     return {"totals": {}, "requests": ledgers, "heads": heads}
 
 
-def entry(**figures: float) -> dict:
+def entry(**figures: float | str) -> dict:
     """A request's ledger with some figures of its own."""
     return {
         "policy": "h2o:budget=32",
@@ -27,6 +27,8 @@ def entry(**figures: float) -> dict:
         "bytes_saved": 500,
         "evictions": 34,
         "policy_seconds": 0.5,
+        "allotted_by": "h2o:budget=32",
+        "fault": None,
         **figures,
     }
 
@@ -38,6 +40,13 @@ def test_bytes_add_up_and_counts_do_not():
     assert ledger == entry(bytes_held=2200, bytes_saved=1000)
     assert merged["totals"]["logical_tokens"] == 100
     assert merged["totals"]["requests"] == 1
+
+
+def test_a_failure_on_any_rank_is_the_requests():
+    """A policy may fail on the heads of one rank alone; the ledger tells all the same."""
+    reports = [report(2, a=entry()), report(2, a=entry(fault="token 9, layer 0: it failed"))]
+    assert merge_reports(reports)["requests"]["a"]["fault"] == "token 9, layer 0: it failed"
+    assert merge_reports(reports[:1] * 2)["requests"]["a"]["fault"] is None
 
 
 def test_means_are_over_the_heads_of_all_ranks():
