@@ -27,6 +27,7 @@ from kvpolicy import CachePolicy, EvictionPolicy, UnsupportedError
 from kvpolicy.attention import AttentionLayer
 from kvpolicy.memory.state import Shape
 from kvpolicy.rotary import Rotary
+from kvpolicy_vllm import attention_rows
 from kvpolicy_vllm.allotment import PageShape, allotment_of, memory_policy
 from kvpolicy_vllm.config import check_engine
 from kvpolicy_vllm.containment import contain
@@ -128,6 +129,8 @@ class RetentionMetadataBuilder(CPUAttentionMetadataBuilder):
         self.engine.page = _page_shape(kv_cache_spec, self.num_heads // self.num_kv_heads)
         self.engine.book.page_bytes = kv_cache_spec.page_size_bytes
         self.engine.book.full_page_bytes = kv_cache_spec.unpadded_page_size_bytes
+        if {"last_row", "accumulated"} & set(self.engine.policy.needs):
+            attention_rows.prepare()  # not while a request waits
 
     def build(  # pyright: ignore[reportIncompatibleMethodOverride]: our own metadata
         self,
@@ -210,6 +213,7 @@ class RetentionImpl(CPUAttentionBackendImpl):
         self._layers: dict[CachePolicy, AttentionLayer] = {}
         self._memories: dict[CachePolicy, PagedMemory] = {}
         self._bound_to: int | None = None
+        self._index: int
         self._kernel: Kernel
         self._pages: Pages
 
@@ -290,8 +294,8 @@ class RetentionImpl(CPUAttentionBackendImpl):
         """
         if attn_metadata is None:
             return output
-        index = extract_layer_index(layer.layer_name)
-        self._bind(kv_cache, layer.isa, index)
+        self._bind(kv_cache, layer)
+        index = self._index
         batch, metadata = LayerBatch(query, key, value, output), attn_metadata.of_layer(index)
 
         def run(row: Row) -> None:
@@ -369,14 +373,15 @@ class RetentionImpl(CPUAttentionBackendImpl):
             )
         return memory
 
-    def _bind(self, kv_cache: Tensor, isa: str, index: int) -> None:
+    def _bind(self, kv_cache: Tensor, layer: Any) -> None:
         """View this layer's cache when vLLM first hands it over, or another one."""
         if self._bound_to != kv_cache.data_ptr():
             self._bound_to = kv_cache.data_ptr()
             self._memories.clear()
-            self._kernel = Kernel.over(kv_cache, isa, self.scale)
-            self._pages = Pages.of(kv_cache, isa, self.engine.scratch)
-            self.engine.book.layers[index] = self._pages
+            self._index = extract_layer_index(layer.layer_name)
+            self._kernel = Kernel.over(kv_cache, layer.isa, self.scale)
+            self._pages = Pages.of(kv_cache, layer.isa, self.engine.scratch)
+            self.engine.book.layers[self._index] = self._pages
 
 
 def _reindexes(policy: Any) -> bool:

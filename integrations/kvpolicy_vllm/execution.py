@@ -16,6 +16,8 @@ from kvpolicy.lookahead import extend
 from kvpolicy.memory.state import slots_of
 from kvpolicy.selection import select_victims
 from kvpolicy.slots import Slots
+from kvpolicy_vllm import attention_rows
+from kvpolicy_vllm.attention_rows import POOLS
 from kvpolicy_vllm.kernel import Kernel
 from kvpolicy_vllm.memory import PagedMemory
 from kvpolicy_vllm.pages import Cells, Pages, put_rows, rows_of
@@ -45,7 +47,7 @@ def place(part: Placement, kernel: Kernel, pages: Pages, batch: LayerBatch) -> N
     """Append rows' tokens to their slots."""
     tokens = slice(0, len(part.slots)) if part.tokens is None else part.tokens
     kernel.append(batch.key[tokens], batch.value[tokens], part.slots)
-    pages.begin(part.block, part.offset, part.positions)
+    pages.begin(part.block, part.offset, part.fresh)
 
 
 def attend_in_place(part: InPlace, kernel: Kernel, batch: LayerBatch, schedule: Tensor) -> None:
@@ -85,8 +87,10 @@ def decide(decision: Decision, layer: AttentionLayer, pages: Pages, query: Tenso
     weights = accumulated = None
     if layer.needs_weights:
         weights = _weights(decision, layer, pages, query)
-        if layer.accumulates:
+        if layer.accumulates and (decision.due or decision.policy.accumulation.window):
             accumulated = _folded(decision, layer, pages, weights)
+        elif layer.accumulates:  # the policy is not asked, so that nothing can fail
+            _fold_in_place(decision, pages, weights)
     victims = [
         (due, _victims(decision, due, layer, pages, weights, accumulated))
         for due in _parts(decision)
@@ -100,11 +104,36 @@ def decide(decision: Decision, layer: AttentionLayer, pages: Pages, query: Tenso
 
 def _weights(decision: Decision, layer: AttentionLayer, pages: Pages, query: Tensor) -> Tensor:
     """Pooled attention rows of the newest tokens: [R, H_kv, S] float32."""
-    logits = newest_logits(query[decision.last_tokens], decision.blocks, pages, layer.scale)
+    newest = query[decision.last_tokens]
+    if pages.has_plain_keys:
+        rows = _rows_in_place(decision, layer, pages, newest)
+        return layer.pool(rows[:, :, None, None])[:, :, 0]
+    logits = newest_logits(newest, decision.blocks, pages, layer.scale)
     slots = torch.arange(logits.shape[-1])
     hidden = (slots >= decision.visible[:, None])[:, None, None]
     weights = logits.masked_fill_(hidden, -torch.inf).softmax(dim=-1)
     return layer.pool(weights[:, :, :, None])[:, :, 0]
+
+
+def _rows_in_place(
+    decision: Decision, layer: AttentionLayer, pages: Pages, query: Tensor
+) -> Tensor:
+    """Attention rows of queries [R, H, D], reduced to KV heads, from keys as they lie.
+
+    Returns:
+        [R, H_kv, S] float32.
+    """
+    policy, kv_heads = decision.policy, pages.runs.shape[1]
+    rows = torch.empty(len(query), kv_heads, decision.blocks.shape[1] * pages.block_size)
+    attention_rows.pooled_rows(
+        pages.memory.numpy(),
+        pages.key_starts(decision.blocks).numpy(),
+        decision.visible.numpy(),
+        (query * layer.scale).unflatten(1, (kv_heads, -1)).numpy(),
+        rows.numpy(),
+        POOLS["mean" if policy.scope_is_layer else policy.group_reduction],
+    )
+    return rows
 
 
 def newest_logits(
@@ -129,6 +158,19 @@ def newest_logits(
         if aside is not None:
             aside[row] = keys[:, : aside.shape[2]]
     return torch.stack(parts).transpose(2, 3).flatten(3)
+
+
+def _fold_in_place(decision: Decision, pages: Pages, weights: Tensor) -> None:
+    """Fold the newest tokens' rows into the statistic where it lies."""
+    rule = decision.policy.accumulation
+    attention_rows.fold_rows(
+        pages.memory.numpy(),
+        pages.statistic_starts(decision.written).numpy(),
+        decision.visible.numpy(),
+        weights.contiguous().numpy(),
+        rule.decay,
+        rule.relative,
+    )
 
 
 def _folded(decision: Decision, layer: AttentionLayer, pages: Pages, weights: Tensor) -> Tensor:

@@ -55,6 +55,8 @@ class Pages:
         packing: ``vec`` (K [D, P], V [P, D]) or ``amx`` (K [P/16, D/2, 16, 2],
             V [D/16, P/2, 16, 2]).
         runs: [N, H_kv, 2 P D], keys and values of a block and head as they lie in memory.
+        memory: [X] float32, everything from the first page on as it lies in memory.
+        state: [N, 2, H_kv, P] int32, the bits of positions and statistics.
         scratch: For copies that are read at once; layers run one after the other and share it.
     """
 
@@ -65,6 +67,8 @@ class Pages:
     block_size: int
     packing: str
     runs: Tensor
+    memory: Tensor
+    state: Tensor
     scratch: Scratch = field(default_factory=Scratch, repr=False, compare=False)
 
     @classmethod
@@ -78,11 +82,13 @@ class Pages:
         return cls(
             keys=halves[:, :, 0].unflatten(-1, key_shape),
             values=halves[:, :, 1].unflatten(-1, value_shape),
-            positions=_tail(cache, torch.int32, 0),
-            accumulated=_tail(cache, torch.float32, 1),
+            positions=_tail(cache, torch.int32)[:, 0],
+            accumulated=_tail(cache, torch.float32)[:, 1],
             block_size=block_size,
             packing=packing,
             runs=halves.flatten(2),
+            memory=_flat(cache),
+            state=_tail(cache, torch.int32),
             scratch=scratch or Scratch(),
         )
 
@@ -90,6 +96,20 @@ class Pages:
     def head_dim(self) -> int:
         """D."""
         return self.runs.shape[-1] // (2 * self.block_size)
+
+    @property
+    def has_plain_keys(self) -> bool:
+        """Whether the keys of a block and head are float32 numbers [D, P] in `memory`."""
+        return self.packing == "vec" and self.runs.dtype == torch.float32
+
+    def key_starts(self, blocks: Tensor) -> Tensor:
+        """Where in `memory` the keys of blocks [R, n] begin, if plain: [R, H_kv, n]."""
+        return _starts(self.runs, blocks)
+
+    def statistic_starts(self, blocks: Tensor) -> Tensor:
+        """Where in `memory` the statistics of blocks [R, n] begin: [R, H_kv, n]."""
+        first = int(self.accumulated.storage_offset() - self.memory.storage_offset())
+        return _starts(self.accumulated, blocks) + first
 
     def read_keys_transposed(self, blocks: Tensor) -> Tensor:
         """Keys of whole blocks [R, n]: [R, H_kv, n, D, P]."""
@@ -192,10 +212,15 @@ class Pages:
         heads = torch.arange(runs.shape[1]) * head
         return windows, blocks[:, None] * page + heads[:, None]
 
-    def begin(self, block: Tensor, offset: Tensor, positions: Tensor) -> None:
-        """Start the policy state of new tokens [M], in the same slot of every head."""
-        self.positions[block, :, offset] = positions[:, None]
-        self.accumulated[block, :, offset] = 0.0
+    def begin(self, block: Tensor, offset: Tensor, fresh: Tensor) -> None:
+        """Start the policy state of new tokens [M], in the same slot of every head.
+
+        Args:
+            block: [M] their blocks.
+            offset: [M] their offsets.
+            fresh: [M, 2, 1] int32, see `fresh_state`.
+        """
+        self.state[block, :, :, offset] = fresh
 
     def move(self, source: Cells, target: Cells) -> None:
         """Copy cells with their policy state; sources and targets are disjoint."""
@@ -217,6 +242,13 @@ class Pages:
         return block, head, slice(None), offset // 2, slice(None), offset % 2
 
 
+def fresh_state(positions: Tensor) -> Tensor:
+    """Policy state of new tokens at positions [M]: [M, 2, 1] int32, statistics of zero."""
+    return torch.stack([positions.int(), torch.zeros_like(positions, dtype=torch.int32)], 1)[
+        :, :, None
+    ]
+
+
 def rows_of(state: Tensor, blocks: Tensor, num_slots: int) -> Tensor:
     """Policy state of rows: [N, H_kv, P] at blocks [R, n] as [R, H_kv, num_slots]."""
     return state[blocks].transpose(1, 2).flatten(2)[..., :num_slots]
@@ -236,15 +268,30 @@ def _shapes(packing: str, size: int, dim: int) -> tuple[tuple[int, ...], tuple[i
     return (size // 16, dim // 2, 16, 2), (dim // 16, size // 2, 16, 2)
 
 
-def _tail(cache: Tensor, dtype: torch.dtype, index: int) -> Tensor:
-    """View the index-th 4-byte state array behind every page's K and V: [N, H_kv, P]."""
+def _starts(view: Tensor, blocks: Tensor) -> Tensor:
+    """Offset from a view's [N, H_kv, ...] first number of blocks [R, n]: [R, H_kv, n]."""
+    heads = torch.arange(view.shape[1]) * view.stride(1)
+    return blocks[:, None] * view.stride(0) + heads[:, None]
+
+
+def _flat(cache: Tensor) -> Tensor:
+    """View a cache and the tail of its last page as float32 numbers, one behind the other."""
+    item = cache.element_size()
+    size = cache.shape[0] * cache.stride(0) * item // 4
+    return torch.empty(0).set_(
+        cache.untyped_storage(), cache.storage_offset() * item // 4, (size,), (1,)
+    )
+
+
+def _tail(cache: Tensor, dtype: torch.dtype) -> Tensor:
+    """View the two 4-byte state arrays behind every page's K and V: [N, 2, H_kv, P]."""
     num_blocks, kv_heads, block_size, width = cache.shape
     cells, item = kv_heads * block_size, cache.element_size()
-    offset = cache.storage_offset() * item + cells * width * item + index * cells * 4
+    offset = cache.storage_offset() * item + cells * width * item
     view = torch.empty(0, dtype=dtype)
     return view.set_(
         cache.untyped_storage(),
         offset // 4,
-        (num_blocks, kv_heads, block_size),
-        (cache.stride(0) * item // 4, block_size, 1),
+        (num_blocks, 2, kv_heads, block_size),
+        (cache.stride(0) * item // 4, cells, block_size, 1),
     )

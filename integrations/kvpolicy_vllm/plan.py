@@ -22,6 +22,7 @@ from kvpolicy.memory.policy import MemoryPolicy, SlotMemoryPolicy
 from kvpolicy.policies.infini import Infini
 from kvpolicy_vllm.allotment import Allotment, memory_policy
 from kvpolicy_vllm.book import Account
+from kvpolicy_vllm.pages import fresh_state
 
 MAX_READ = 1 << 14
 """Slots of rows whose keys and values are copied together, to be read."""
@@ -146,14 +147,14 @@ class Placement:
         slots: [T'] physical slot that receives each token.
         block: [T'] the slot's block.
         offset: [T'] the slot's offset within the block.
-        positions: [T'] position of each token.
+        fresh: [T', 2, 1] the slot's policy state.
     """
 
     tokens: Tensor | None
     slots: Tensor
     block: Tensor
     offset: Tensor
-    positions: Tensor
+    fresh: Tensor
 
 
 @dataclass(frozen=True)
@@ -347,7 +348,7 @@ def _placement(rows: list[Row], block_table: Tensor, block_size: int, num_tokens
         slots=block * block_size + offset,
         block=block,
         offset=offset,
-        positions=(seen[owner] + within).int(),
+        fresh=fresh_state(seen[owner] + within),
     )
 
 

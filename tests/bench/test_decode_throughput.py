@@ -7,6 +7,7 @@ request of the same mean length to as many tokens.
 
 import statistics
 import time
+from pathlib import Path
 
 import pytest
 from transformers import PreTrainedModel
@@ -28,6 +29,7 @@ POLICIES = {
     "sinks": f"sinks:budget={BUDGET},interval={INTERVAL}",
     "tova": f"tova:budget={BUDGET},interval={INTERVAL}",
     "h2o": f"h2o:budget={BUDGET},interval={INTERVAL}",
+    "keys": f"fixtures.policies.KeyAndValueNorm:budget={BUDGET},interval={INTERVAL}",
     "centroid": f"centroid:budget={BUDGET},interval={INTERVAL}",
     "compressive": f"compressive:budget={BUDGET},interval={INTERVAL - 1}",
     "most-used": f"compressive:budget={BUDGET},interval={INTERVAL - 1},fn=most-used",
@@ -40,6 +42,13 @@ POLICIES = {
 Requests under infini are measured inside their second segment, over as many tokens as a stock
 request has.
 """
+EVICTING = ("window", "sinks", "tova", "h2o", "keys")
+GROUPS = {
+    "evicting": EVICTING,
+    "memories": tuple(name for name in POLICIES if name not in EVICTING),
+}
+"""Names of policies that are measured together, beside the stock engine."""
+
 SHAPE = {
     "num_hidden_layers": 16,
     "hidden_size": 1024,
@@ -58,13 +67,28 @@ def model() -> PreTrainedModel:
 
 
 @pytest.fixture(scope="module")
-def engines(model, tmp_path_factory) -> dict[str, LLM]:
-    """One engine per policy, beside a stock one."""
-    path = save_model(model, tmp_path_factory.mktemp("llama"))
+def path(model, tmp_path_factory) -> Path:
+    """The model on disk."""
+    return save_model(model, tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def stock(path) -> LLM:
+    """The engine that all are compared with."""
+    return start(path, None)
+
+
+@pytest.fixture(scope="module", params=GROUPS)
+def engines(request, path, stock) -> dict[str, LLM]:
+    """One engine per policy of a group, beside the stock one."""
+    names = GROUPS[request.param]
+    return {"stock": stock} | {name: start(path, POLICIES[name]) for name in names}
+
+
+def start(path: Path, spec: str | None) -> LLM:
+    """Start an engine with room for eight requests."""
     settings = {"kv_cache_memory_bytes": 512 << 20, "max_num_batched_tokens": 1024}
-    settings["max_model_len"] = 4096
-    policies = {"stock": None} | POLICIES
-    return {name: start_engine(path, spec, **settings) for name, spec in policies.items()}
+    return start_engine(path, spec, max_model_len=4096, **settings)
 
 
 def prompt_length(name: str) -> int:

@@ -1,0 +1,188 @@
+"""Attention rows of newest tokens, computed from keys where they lie in the pages.
+
+A gathered copy of the keys takes longer than the products themselves. Compiled by numba at its
+first call, seconds once and then kept on disk; nothing is compiled when this module is imported.
+It serves float32 pages in the ``vec`` packing. One thread does all: vLLM binds its own threads
+to cores, and a second pool would fight them for these.
+
+Axes: R rows, n blocks per row, H_kv KV heads, G query heads per KV head, D head dimension,
+P slots of a block, S = n P slots of a row.
+"""
+
+from contextlib import suppress
+
+import llvmlite.binding.ffi
+import numba
+import numpy as np
+
+# Infinite and missing numbers stay what they are; sums may run in vector registers.
+_FAST = {"nsz", "arcp", "contract", "reassoc"}
+
+# vLLM 0.32 reads `__dict__` of everything in every loaded module when an engine starts, and this
+# library's proxy answers with a C function. Answer it, so that both fit into one process.
+with suppress(AttributeError):
+    llvmlite.binding.ffi.lib._fntab.setdefault("__dict__", {})
+
+POOLS = {"mean": 0, "max": 1, "sum": 2}
+"""Reductions from the query heads of a group to their KV head."""
+
+_MEAN, _MAX = POOLS["mean"], POOLS["max"]
+
+_LANES = 16
+"""Numbers compared side by side."""
+
+_LOG2_E = np.float32(1.44269504)
+_LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
+_SMALLEST = np.float32(-87)
+_HALF, _ONE = np.float32(0.5), np.float32(1)
+# exp(f) = 1 + f + f^2 p(f) for |f| <= ln 2 / 2, as in Moshier's Cephes library.
+_C0, _C1, _C2 = (
+    np.float32(1.9875691500e-4),
+    np.float32(1.3981999507e-3),
+    np.float32(8.3334519073e-3),
+)
+_C3, _C4, _C5 = (
+    np.float32(4.1665795894e-2),
+    np.float32(1.6666665459e-1),
+    np.float32(5.0000001201e-1),
+)
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def pooled_rows(memory, starts, visible, query, pooled, pool):  # noqa: ANN001, ANN201
+    """Softmax rows of one query per row and query head, reduced to KV heads.
+
+    Args:
+        memory: [X] float32, all pages as they lie in memory.
+        starts: [R, H_kv, n] int64 index in `memory` of every block's keys, [D, P].
+        visible: [R] int64 slots that a row's query attends to.
+        query: [R, H_kv, G, D] float32, scaled.
+        pooled: [R, H_kv, S] float32, written; zero for what is not visible.
+        pool: One of `POOLS`.
+    """
+    rows, kv_heads, num_blocks = starts.shape
+    group = query.shape[2]
+    size = pooled.shape[2] // num_blocks
+    logits = np.empty((group, num_blocks * size), np.float32)
+    powers = np.empty(num_blocks * size, np.int32)
+    products = np.empty((group, size), np.float32)
+    for row in range(rows):
+        seen = visible[row]
+        for head in range(kv_heads):
+            for block in range(-(-seen // size)):
+                _multiply(memory, starts[row, head, block], query[row, head], products)
+                logits[:, block * size : (block + 1) * size] = products
+            reduced = pooled[row, head]
+            reduced[:] = 0
+            for member in range(group):
+                total = _exponentiate(logits[member], powers, seen)
+                _reduce(logits[member], reduced, seen, total, group, pool)
+
+
+@numba.njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
+def _multiply(memory, start, query, products):  # noqa: ANN001, ANN202
+    """Products [G, P] of queries [G, D] with one block's keys; four rows of keys at once."""
+    group, dim = query.shape
+    size = products.shape[1]
+    products[:] = 0
+    for d in range(0, dim, 4):
+        at = start + d * size
+        first, second = memory[at : at + size], memory[at + size : at + 2 * size]
+        third, fourth = memory[at + 2 * size : at + 3 * size], memory[at + 3 * size : at + 4 * size]
+        for member in range(group):
+            a, b = query[member, d], query[member, d + 1]
+            c, e = query[member, d + 2], query[member, d + 3]
+            out = products[member]
+            for slot in range(size):
+                out[slot] += a * first[slot] + b * second[slot] + c * third[slot] + e * fourth[slot]
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _exponentiate(row, powers, count):  # noqa: ANN001, ANN202
+    """Replace the first numbers of a row by exp(number - largest); return their sum."""
+    largest = _largest(row, count)
+    for c in range(count):
+        x = row[c] - largest
+        x = max(x, _SMALLEST)
+        k = np.floor(x * _LOG2_E + _HALF)
+        powers[c] = (np.int32(k) + np.int32(127)) << np.int32(23)
+        f = x - k * _LN2_HIGH - k * _LN2_LOW
+        p = ((((_C0 * f + _C1) * f + _C2) * f + _C3) * f + _C4) * f + _C5
+        row[c] = p * f * f + f + _ONE
+    return _scale(row, powers.view(np.float32), count)
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _largest(row, count):  # noqa: ANN001, ANN202
+    """The largest of the first numbers of a row, side by side and then of those."""
+    lanes = np.full(_LANES, -np.inf, np.float32)
+    whole = count // _LANES * _LANES
+    for c in range(0, whole, _LANES):
+        part = row[c : c + _LANES]
+        for lane in range(_LANES):
+            lanes[lane] = max(lanes[lane], part[lane])
+    largest = lanes.max()
+    for c in range(whole, count):
+        largest = max(largest, row[c])
+    return largest
+
+
+@numba.njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
+def _scale(row, factors, count):  # noqa: ANN001, ANN202
+    """Multiply the first numbers of a row by factors; return their sum."""
+    total = np.float32(0)
+    for c in range(count):
+        row[c] *= factors[c]
+        total += row[c]
+    return total
+
+
+@numba.njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
+def _reduce(row, reduced, count, total, group, pool):  # noqa: ANN001, ANN202
+    """Fold one query head's normalised row into its KV head's."""
+    factor = _ONE / total
+    if pool == _MAX:
+        for c in range(count):
+            weight = row[c] * factor
+            reduced[c] = max(weight, reduced[c])
+        return
+    if pool == _MEAN:
+        factor /= np.float32(group)
+    for c in range(count):
+        reduced[c] += row[c] * factor
+
+
+@numba.njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
+def fold_rows(memory, starts, visible, pooled, decay, is_relative):  # noqa: ANN001, ANN201
+    """Fold pooled rows into the statistic kept with the slots.
+
+    Args:
+        memory: [X] float32, all pages as they lie in memory.
+        starts: [R, H_kv, n] int64 index in `memory` of every block's statistic, [P].
+        visible: [R] int64.
+        pooled: [R, H_kv, S] float32, any strides.
+        decay: Factor on what is there.
+        is_relative: Whether a weight counts in multiples of 1 / visible.
+    """
+    rows, kv_heads, num_blocks = starts.shape
+    size = pooled.shape[2] // num_blocks
+    for row in range(rows):
+        unit = np.float32(visible[row]) if is_relative else _ONE
+        for head in range(kv_heads):
+            for block in range(-(-visible[row] // size)):
+                first = block * size
+                count = min(size, visible[row] - first)
+                start = starts[row, head, block]
+                kept = memory[start : start + count]
+                fresh = pooled[row, head, first : first + count]
+                for slot in range(count):
+                    kept[slot] = kept[slot] * np.float32(decay) + fresh[slot] * unit
+
+
+def prepare() -> None:
+    """Compile what this module computes, or load what an earlier run compiled."""
+    memory, numbers = np.zeros(16, np.float32), np.zeros((1, 1, 1), np.float32)
+    starts, visible = np.zeros((1, 1, 1), np.int64), np.ones(1, np.int64)
+    query = np.zeros((1, 1, 1, 4), np.float32)
+    pooled_rows(memory, starts, visible, query, numbers, _MEAN)
+    fold_rows(memory, starts, visible, numbers, 1.0, False)

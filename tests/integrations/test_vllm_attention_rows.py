@@ -1,0 +1,124 @@
+"""Attention rows computed where keys lie, against torch over a copy of the keys."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import kvpolicy
+from kvpolicy.attention import AttentionLayer
+from kvpolicy_vllm.allotment import Allotment
+from kvpolicy_vllm.book import Account
+from kvpolicy_vllm.execution import decide
+from kvpolicy_vllm.pages import Pages, put_rows, rows_of
+from kvpolicy_vllm.plan import Decision, Row
+from kvpolicy_vllm.spec import STATE_BYTES
+
+NUM_BLOCKS, KV_HEADS, GROUP, DIM = 17, 2, 3, 64
+VISIBLE = (70, 1, 96, 33)
+"""Slots of four rows: a part of a block, a single one, whole blocks, one over."""
+
+RULES = {
+    "mean": "",
+    "max": ",group_pool=max",
+    "sum": ",group_pool=sum",
+    "layer": ",scope=layer",
+    "relative": ",score=relative",
+    "decay": ",decay=0.9",
+}
+LAYOUTS = [("vec", torch.float32), ("vec", torch.bfloat16), ("amx", torch.bfloat16)]
+
+
+def filled_pages(packing: str, dtype: torch.dtype, size: int) -> Pages:
+    """Pages with a tail, of random keys, values and statistics, rubbish in the null block."""
+    generator = torch.Generator().manual_seed(size)
+    page = KV_HEADS * size * 2 * DIM * dtype.itemsize
+    stride = page + KV_HEADS * size * STATE_BYTES
+    raw = torch.zeros(NUM_BLOCKS * stride, dtype=torch.int8)
+    cell = 2 * DIM * dtype.itemsize
+    strides = (stride, size * cell, cell, 1)
+    cache = raw.as_strided((NUM_BLOCKS, KV_HEADS, size, cell), strides).view(dtype)
+    pages = Pages.of(cache, packing)
+    blocks = torch.arange(NUM_BLOCKS)[None]
+    shape = (1, KV_HEADS, NUM_BLOCKS * size, DIM)
+    keys, values = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+    pages.write_blocks(blocks, keys, values)
+    pages.accumulated.copy_(torch.rand(pages.accumulated.shape, generator=generator))
+    pages.runs[0] = torch.nan
+    pages.accumulated[0] = torch.nan
+    return pages
+
+
+def decision_of(policy: kvpolicy.EvictionPolicy, size: int) -> Decision:
+    """Four rows over permuted blocks, none of them due."""
+    counts = [-(-slots // size) for slots in VISIBLE]
+    order = torch.randperm(NUM_BLOCKS - 1, generator=torch.Generator().manual_seed(1)) + 1
+    blocks = torch.zeros(len(VISIBLE), max(counts), dtype=torch.int64)
+    for row, count in enumerate(counts):
+        blocks[row, :count] = order[row * 3 : row * 3 + count]
+    account = Account("request", policy, Allotment(policy.occupancy))
+    return Decision(
+        policy=policy,
+        rows=[Row(i, policy, i, 1, slots - 1, account) for i, slots in enumerate(VISIBLE)],
+        last_tokens=torch.tensor([3, 0, 2, 1]),
+        blocks=blocks,
+        visible=torch.tensor(VISIBLE),
+        totals=torch.tensor(VISIBLE),
+        due=[],
+        written=blocks,
+    )
+
+
+@pytest.mark.parametrize("size", [32, 48])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("packing", "dtype"), LAYOUTS)
+def test_a_token_is_observed_as_over_a_copy(packing, dtype, rule, size):
+    """The statistic of every slot is what the core folds over gathered float64 keys."""
+    policy = kvpolicy.parse(f"h2o:budget=96,interval=4{RULES[rule]}")
+    layer, pages = AttentionLayer(policy, 0, scale=0.3), filled_pages(packing, dtype, size)
+    decision = decision_of(policy, size)
+    before = pages.accumulated.clone()
+    query = torch.randn(4, KV_HEADS * GROUP, DIM).to(dtype)
+    decide(decision, layer, pages, query)
+    expected = before.clone()
+    for row, slots in enumerate(VISIBLE):
+        blocks = decision.blocks[row : row + 1, : -(-slots // size)]
+        keys = pages.read_keys(blocks)[:, :, :slots].double()
+        newest = query[decision.last_tokens[row]].double().view(1, KV_HEADS, GROUP, DIM)
+        weights = (0.3 * newest @ keys.transpose(-1, -2)).softmax(dim=-1)
+        kept = rows_of(expected, blocks, slots)
+        pooled = layer.pool(weights[:, :, :, None]).float()
+        put_rows(expected, blocks, layer.fold(kept, pooled, torch.tensor([[[slots]]])))
+    torch.testing.assert_close(pages.accumulated, expected, rtol=2e-5, atol=1e-6, equal_nan=True)
+
+
+def test_blocks_of_a_kept_prompt_are_read_and_not_written():
+    """A block that another request may share keeps its statistics, and the rest is the same."""
+    policy = kvpolicy.parse("h2o:budget=96,interval=4")
+    layer, decision = AttentionLayer(policy, 0, scale=0.3), decision_of(policy, 32)
+    query = torch.randn(4, KV_HEADS * GROUP, DIM)
+    whole, shared = (filled_pages("vec", torch.float32, 32) for _ in range(2))
+    before, kept = shared.accumulated.clone(), decision.blocks[0, 0]
+    written = decision.blocks.clone()
+    written[0, 0] = 0
+    decide(decision, layer, whole, query)
+    decide(replace(decision, written=written), layer, shared, query)
+    assert torch.equal(shared.accumulated[kept], before[kept])
+    others = [block for block in range(1, NUM_BLOCKS) if block != kept]
+    assert torch.equal(shared.accumulated[others], whole.accumulated[others])
+    assert not torch.equal(whole.accumulated[kept], before[kept])
+
+
+def test_a_row_that_is_no_number_stays_alone():
+    """Infinite and missing logits make their own row NaN, as in torch, and no other."""
+    policy = kvpolicy.parse("h2o:budget=96,interval=4")
+    layer, pages = AttentionLayer(policy, 0, scale=0.3), filled_pages("vec", torch.float32, 32)
+    decision = decision_of(policy, 32)
+    query = torch.randn(4, KV_HEADS * GROUP, DIM)
+    query[3], query[2, :, 0] = torch.nan, torch.inf
+    decide(decision, layer, pages, query)
+    lost = [
+        bool(rows_of(pages.accumulated, decision.blocks[row : row + 1], slots).isnan().all())
+        for row, slots in enumerate(VISIBLE)
+    ]
+    assert lost == [True, False, True, False]
