@@ -541,7 +541,7 @@ HEADER = Header(
 
 def new_account(policy: kvpolicy.CachePolicy) -> Account:
     """The account of a request that has seen nothing."""
-    return Account(policy, Allotment(policy.occupancy))
+    return Account("request", policy, Allotment(policy.occupancy))
 
 
 def chosen(recorder: Recorder, wishes: Sequence[bool | None]) -> set[int]:
