@@ -273,8 +273,9 @@ class CoreLane(Lane):
         """Note what the block evicted."""
         positions, death = block.columns.slots.positions[0], block.columns.death[0]  # [h, C]
         head, column = (death <= block.size).nonzero(as_tuple=True)
-        seen = (block.seen + death[head, column]).int()
-        self.outcome.evicted_at[head, positions[head, column]] = seen.numpy()
+        # numpy would take a tensor of one element for a plain index.
+        evicted_at = torch.from_numpy(self.outcome.evicted_at)
+        evicted_at[head, positions[head, column]] = (block.seen + death[head, column]).int()
 
 
 class _Block(Block):
