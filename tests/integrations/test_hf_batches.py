@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
+from fixtures.caches import retained, small_llama
 from fixtures.models import (
     SMALL_SHAPE,
     CertifiedPrompt,
@@ -34,15 +35,9 @@ SPECS = (
 
 
 @cache
-def model() -> Any:
-    """Build a model of two layers with two query heads per KV head."""
-    return random_llama(**SMALL_SHAPE)
-
-
-@cache
 def prompts(spec: str) -> list[CertifiedPrompt]:
     """Find eight certified prompts of unequal lengths."""
-    return certified_prompts(model(), [spec], LENGTHS, max_new_tokens=NEW)
+    return certified_prompts(small_llama(), [spec], LENGTHS, max_new_tokens=NEW)
 
 
 def left_padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,17 +50,7 @@ def left_padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
 def generate(past: PolicyCache | DynamicCache, ids: torch.Tensor, **arguments) -> torch.Tensor:
     """Generate `NEW` tokens, greedily unless told otherwise."""
     arguments = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": NEW} | arguments
-    return model().generate(ids, past_key_values=past, **arguments)
-
-
-def retained(past: PolicyCache, row: int = 0) -> list[list[list[int]]]:
-    """Give what every layer holds of a row."""
-    return [past.retained_positions(layer, row).tolist() for layer in range(len(past.layers))]
-
-
-def as_lists(sets: list) -> list[list[list[int]]]:
-    """Turn the oracle's sets into lists."""
-    return [[list(head) for head in layer] for layer in sets]
+    return small_llama().generate(ids, past_key_values=past, **arguments)
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -74,11 +59,11 @@ def test_a_left_padded_batch_equals_solo_runs(spec: str, chunk: int | None) -> N
     """Proves eight unequal rows each do what the oracle does with them alone."""
     expected = prompts(spec)
     ids, mask = left_padded([prompt.ids for prompt in expected])
-    past = PolicyCache(model(), spec)
+    past = PolicyCache(small_llama(), spec)
     out = generate(past, ids, attention_mask=mask, prefill_chunk_size=chunk)
     for row, prompt in enumerate(expected):
         assert out[row, -NEW:].tolist() == prompt.run.tokens
-        assert retained(past, row) == as_lists(prompt.run.retained)
+        assert retained(past, row) == prompt.run.retained
         assert past.ledger(row).logical_tokens == len(prompt.ids) + NEW - 1
 
 
@@ -115,10 +100,10 @@ def test_padding_anywhere_takes_no_slot_and_no_position(data: st.DataObject, spe
     mask = mask * (counts <= len(long))
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     ids = torch.tensor(long)[positions] * mask
-    past, start = PolicyCache(model(), spec), 0
+    past, start = PolicyCache(small_llama(), spec), 0
     while start < width:
         end = min(width, start + data.draw(st.integers(1, 20), "chunk"))
-        model()(
+        small_llama()(
             ids[:, start:end],
             attention_mask=mask[:, :end],
             position_ids=positions[:, start:end],
@@ -128,9 +113,9 @@ def test_padding_anywhere_takes_no_slot_and_no_position(data: st.DataObject, spe
     assert past.get_seq_length() == width
     for row in range(len(real)):
         tokens = int(mask[row].sum())
-        alone = PolicyCache(model(), spec)
+        alone = PolicyCache(small_llama(), spec)
         if tokens:
-            model()(torch.tensor([long[:tokens]]), past_key_values=alone)
+            small_llama()(torch.tensor([long[:tokens]]), past_key_values=alone)
             assert retained(past, row) == retained(alone)
         assert past.ledger(row).evicted == past.policy.occupancy.evicted(tokens)
 
@@ -140,12 +125,12 @@ def two_turns(
 ) -> tuple[list[int], list[int], list[int]]:
     """Find a prompt, a second turn and its answer on which float32 cannot decide otherwise."""
     for seed in range(50):
-        first = random_prompt(model(), lengths[0], seed)
-        run = certified_run(model(), spec, first, NEW)
+        first = random_prompt(small_llama(), lengths[0], seed)
+        run = certified_run(small_llama(), spec, first, NEW)
         if run is None:
             continue
-        second = first + run.tokens + random_prompt(model(), lengths[1], seed + 1000)
-        answer = certified_run(model(), spec, second, NEW)
+        second = first + run.tokens + random_prompt(small_llama(), lengths[1], seed + 1000)
+        answer = certified_run(small_llama(), spec, second, NEW)
         if answer is not None:
             return first, second, answer.tokens
     raise LookupError(f"no certified conversation for {spec}")
@@ -156,7 +141,7 @@ def two_turns(
 def test_a_second_turn_continues_the_first(spec: str, explicit: bool) -> None:
     """Proves generate on a used cache equals the oracle on the whole conversation."""
     first, second, answer = two_turns(spec)
-    past = PolicyCache(model(), spec)
+    past = PolicyCache(small_llama(), spec)
     generate(past, torch.tensor([first]))
     assert past.get_seq_length() == len(first) + NEW - 1
     total = len(second)
@@ -176,7 +161,7 @@ def test_a_second_turn_of_a_padded_batch_continues_each_row(spec: str) -> None:
     """Proves the mask of the whole history keeps positions right after unequal first turns."""
     turns = [two_turns(spec, lengths) for lengths in ((20, 15), (9, 15), (17, 15))]
     ids, mask = left_padded([first for first, _, _ in turns])
-    past = PolicyCache(model(), spec)
+    past = PolicyCache(small_llama(), spec)
     generate(past, ids, attention_mask=mask)
     ids, mask = left_padded([second for _, second, _ in turns])
     out = generate(past, ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
@@ -187,20 +172,20 @@ def test_a_second_turn_of_a_padded_batch_continues_each_row(spec: str) -> None:
 def test_a_copy_made_mid_stream_goes_its_own_way(spec: str) -> None:
     """Proves deepcopy shares no state: both continue as if the other did not exist."""
     long = prompts(spec)[-1]
-    past = PolicyCache(model(), spec)
+    past = PolicyCache(small_llama(), spec)
     with torch.no_grad():
-        model()(torch.tensor([long.ids[:30]]), past_key_values=past)
+        small_llama()(torch.tensor([long.ids[:30]]), past_key_values=past)
         twin = copy.deepcopy(past)
-        model()(torch.tensor([[7] * 12]), past_key_values=twin)
+        small_llama()(torch.tensor([[7] * 12]), past_key_values=twin)
     out = generate(past, torch.tensor([long.ids]))
     assert out[0, -NEW:].tolist() == long.run.tokens
-    assert retained(past) == as_lists(long.run.retained)
+    assert retained(past) == long.run.retained
     assert twin.ledger().logical_tokens == 42
 
 
 def test_sampling_is_reproducible_and_equals_the_dense_cache() -> None:
     """Proves a seed fixes the sample, which under `full` is the dense cache's."""
-    ids = torch.tensor([random_prompt(model(), 30, 0)])
+    ids = torch.tensor([random_prompt(small_llama(), 30, 0)])
 
     def sample(past: PolicyCache | DynamicCache) -> list[list[int]]:
         torch.manual_seed(3)
@@ -208,16 +193,18 @@ def test_sampling_is_reproducible_and_equals_the_dense_cache() -> None:
             past, ids, do_sample=True, num_return_sequences=3, max_new_tokens=20
         ).tolist()
 
-    samples = sample(PolicyCache(model(), "h2o:budget=16"))
-    assert samples == sample(PolicyCache(model(), "h2o:budget=16"))
+    samples = sample(PolicyCache(small_llama(), "h2o:budget=16"))
+    assert samples == sample(PolicyCache(small_llama(), "h2o:budget=16"))
     assert len({tuple(row) for row in samples}) == 3
-    assert sample(PolicyCache(model(), "full")) == sample(DynamicCache(config=model().config))
+    assert sample(PolicyCache(small_llama(), "full")) == sample(
+        DynamicCache(config=small_llama().config)
+    )
 
 
 def test_reset_makes_the_cache_new() -> None:
     """Proves a reset cache takes another batch and gives a fresh cache's answers."""
     prompt = prompts("h2o:budget=16")[-1]
-    past = PolicyCache(model(), "h2o:budget=16")
+    past = PolicyCache(small_llama(), "h2o:budget=16")
     generate(past, torch.tensor([prompt.ids, prompt.ids]))
     past.reset()
     assert past.get_seq_length() == 0
@@ -229,7 +216,7 @@ def test_reset_makes_the_cache_new() -> None:
 def test_inference_mode_and_no_grad_may_alternate() -> None:
     """Proves storage made in inference mode can be written outside of it."""
     prompt = prompts("h2o:budget=16")[-1]
-    past = PolicyCache(model(), "h2o:budget=16")
+    past = PolicyCache(small_llama(), "h2o:budget=16")
     with torch.inference_mode():
-        model()(torch.tensor([prompt.ids[:20]]), past_key_values=past)
+        small_llama()(torch.tensor([prompt.ids[:20]]), past_key_values=past)
     assert generate(past, torch.tensor([prompt.ids]))[0, -NEW:].tolist() == prompt.run.tokens

@@ -1,13 +1,12 @@
 """A policy of one class and one method runs here by its import path."""
 
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from fixtures.models import SMALL_SHAPE, random_llama, random_prompt
+from fixtures.caches import small_llama
+from fixtures.models import random_prompt
 from kvpolicy import PolicyError
 from kvpolicy_hf import PolicyCache
 
@@ -37,12 +36,6 @@ class ByValue(kvpolicy.ScorePolicy):
 '''
 
 
-@cache
-def model() -> Any:
-    """Build a model of two layers."""
-    return random_llama(**SMALL_SHAPE)
-
-
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Write a module of policies where Python finds it."""
@@ -54,9 +47,9 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 @torch.no_grad()
 def retained(spec: str, chunks: tuple[int, ...] = (50,)) -> list[list[list[int]]]:
     """Feed a prompt in chunks; what every layer holds."""
-    past = PolicyCache(model(), spec)
-    for chunk in torch.tensor([random_prompt(model(), sum(chunks), 0)]).split(chunks, dim=1):
-        model()(chunk, past_key_values=past)
+    past = PolicyCache(small_llama(), spec)
+    for chunk in torch.tensor([random_prompt(small_llama(), sum(chunks), 0)]).split(chunks, dim=1):
+        small_llama()(chunk, past_key_values=past)
     assert past.ledger().policy == spec
     return [past.retained_positions(layer).tolist() for layer in range(2)]
 
@@ -83,4 +76,4 @@ def test_a_policy_with_its_own_observe_does_not_see_chunks() -> None:
 def test_what_cannot_be_imported_is_said(module: str) -> None:
     """Proves a wrong path is a clear error."""
     with pytest.raises(PolicyError, match="cannot import policy"):
-        PolicyCache(model(), f"{module}.Missing:budget=16")
+        PolicyCache(small_llama(), f"{module}.Missing:budget=16")

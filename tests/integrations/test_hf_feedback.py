@@ -2,7 +2,6 @@
 
 import math
 from functools import cache
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, silu
 
+from fixtures.caches import feed
 from fixtures.models import (
     SMALL_SHAPE,
     random_gemma,
@@ -190,15 +190,6 @@ def algorithm_2(model: Any, ids: list[int], sizes: Sizes) -> Tensor:
         rows = layer.feed_forward(attended + rows)
     top = Layer(model, 0)
     return top.norm("model.norm", hidden) @ model.lm_head.weight.double().T
-
-
-@torch.no_grad()
-def feed(model: Any, past: PolicyCache, ids: list[int], borders: list[int]) -> Tensor:
-    """Feed tokens in chunks that end at the borders; the logits after each token."""
-    chunks = [ids[first:last] for first, last in pairwise([0, *borders, len(ids)])]
-    return torch.cat(
-        [model(torch.tensor([chunk]), past_key_values=past).logits[0] for chunk in chunks]
-    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)

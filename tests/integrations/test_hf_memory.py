@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fixtures.caches import feed, live_bytes, small_llama
+from fixtures.caches import fill, live_bytes, small_llama
 from kvpolicy import LedgerError
 from kvpolicy_hf import PolicyCache
 
@@ -36,7 +36,7 @@ def test_storage_is_constant_in_length(spec: str) -> None:
     """Proves a long request takes the slots of budget + interval and not one more."""
     past, sizes = PolicyCache(small_llama(), spec), []
     for num_tokens in (50, 1, 200, 1, 400):
-        feed(past, num_tokens)
+        fill(past, num_tokens)
         sizes.append(past.ledger().bytes_held)
     occupancy = past.policy.occupancy
     per_slot = 2 * (2 * 32 * 4 + 8 + 4)  # two KV heads: key, value, position, statistic
@@ -49,8 +49,8 @@ def test_nothing_else_holds_what_was_evicted() -> None:
     """Proves the process's tensors grow by the cache's own storage alone."""
     before = live_bytes()
     past = PolicyCache(small_llama(), "h2o:budget=16")
-    feed(past, 500)
-    feed(past, 1)
+    fill(past, 500)
+    fill(past, 1)
     rotary = 2 * 16 * 4  # at most one copy of the frequencies per layer
     assert 0 < live_bytes() - before - past.ledger().bytes_held <= rotary
     past.reset()
@@ -67,7 +67,7 @@ def test_the_ledger_is_the_occupancy_law(spec: str, chunks: list[int], rows: int
     """Proves what storage counted as dropped is what the law demands, after any forward."""
     past = PolicyCache(small_llama(), spec)
     for num_tokens in chunks:
-        feed(past, num_tokens, rows)
+        fill(past, num_tokens, rows)
     total, occupancy = sum(chunks), past.policy.occupancy
     for row in range(rows):
         ledger = past.ledger(row).as_dict()
@@ -85,7 +85,7 @@ def test_the_ledger_is_the_occupancy_law(spec: str, chunks: list[int], rows: int
 def test_a_policy_that_did_not_run_fails_its_ledger() -> None:
     """Proves the count is measured: storage that dropped too little is an error."""
     past = PolicyCache(small_llama(), "window:budget=16")
-    feed(past, 40)
+    fill(past, 40)
     for layer in past._policy_layers:
         assert layer.slots is not None
         layer.slots.evicted[0] -= 2
@@ -96,7 +96,7 @@ def test_a_policy_that_did_not_run_fails_its_ledger() -> None:
 def test_policy_seconds_grow_with_the_work() -> None:
     """Proves the time in the ledger is measured."""
     past = PolicyCache(small_llama(), "h2o:budget=16")
-    feed(past, 40)
+    fill(past, 40)
     first = past.ledger().policy_seconds
-    feed(past, 40)
+    fill(past, 40)
     assert 0 < first < past.ledger().policy_seconds

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fixtures.caches import feed, live_bytes, small_llama
+from fixtures.caches import fill, live_bytes, small_llama
 from kvpolicy.memory.state import slots_of
 from kvpolicy_hf import PolicyCache
 
@@ -34,7 +34,7 @@ def test_storage_is_constant_in_length(spec: str) -> None:
     """Proves a long request takes its window and its memory, and not one byte more."""
     past, sizes = PolicyCache(small_llama(), spec), []
     for num_tokens in (1, 60, 1, 200, 1, 400):
-        feed(past, num_tokens)
+        fill(past, num_tokens)
         sizes.append(past.ledger().bytes_held)
     tokens = past.policy.occupancy.token_capacity
     assert tokens is not None
@@ -48,8 +48,8 @@ def test_nothing_else_holds_what_was_absorbed(spec: str) -> None:
     """Proves the process grows by the ledger's bytes, and by what all rows of a model share."""
     before = live_bytes()
     past = PolicyCache(small_llama(), spec)
-    feed(past, 500, rows=2)
-    feed(past, 1, rows=2)
+    fill(past, 500, rows=2)
+    fill(past, 1, rows=2)
     held = past.ledger(0).bytes_held + past.ledger(1).bytes_held
     first_rows = LAYERS * 4 * WIDTH * 4 if "level=model" in spec else 0
     rotary = HEAD_DIM // 2 * 4
@@ -79,7 +79,7 @@ def test_the_ledger_counts_memories(spec: str, chunks: list[int], rows: int) -> 
     """Proves slots, merged tokens and savings are what the law and the storage say."""
     past = PolicyCache(small_llama(), spec)
     for num_tokens in chunks:
-        feed(past, num_tokens, rows)
+        fill(past, num_tokens, rows)
     total, law = sum(chunks), past.policy.occupancy
     for row in range(rows):
         ledger = past.ledger(row)
@@ -95,7 +95,7 @@ def test_the_ledger_counts_memories(spec: str, chunks: list[int], rows: int) -> 
 def test_merged_is_a_mean_over_heads_and_layers() -> None:
     """Proves dropped groups are not counted, however unequal the heads are."""
     past = PolicyCache(small_llama(), "compressive:budget=18,interval=6,min_similarity=0.55")
-    feed(past, 44)
+    fill(past, 44)
     slots = [layer.slots for layer in past._policy_layers if layer.slots is not None]
     filled = [int((slots_of(part.memory).mass > 0).sum()) for part in slots]
     assert past.ledger().merged == 3 * sum(filled) / (LAYERS * KV_HEADS)

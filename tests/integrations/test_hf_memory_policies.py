@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
-from fixtures.caches import small_llama
+from fixtures.caches import feed, retained, small_llama
 from fixtures.models import (
     SMALL_SHAPE,
     CertifiedPrompt,
@@ -83,21 +82,6 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 def certified(spec: str) -> CertifiedPrompt:
     """Find a prompt on which float32 cannot decide otherwise."""
     return certified_prompts(small_llama(), [spec], [PROMPT], max_new_tokens=NEW)[0]
-
-
-def retained(past: PolicyCache) -> list[tuple[tuple[int, ...], ...]]:
-    """Give the sets as the oracle does."""
-    layers = range(len(past.layers))
-    sets = (past.retained_positions(layer).tolist() for layer in layers)
-    return [tuple(tuple(head) for head in layer) for layer in sets]
-
-
-@torch.no_grad()
-def feed(used: Any, past: Any, ids: list[int], borders: list[int]) -> torch.Tensor:
-    """Feed tokens in chunks that end at the borders; the logits after each token."""
-    chunks = [ids[first:last] for first, last in pairwise([0, *borders, len(ids)])]
-    outputs = [used(torch.tensor([chunk]), past_key_values=past).logits[0] for chunk in chunks]
-    return torch.cat(outputs)
 
 
 def require_the_oracles_steps(spec: str, ids: list[int], oracle: ModelOracle) -> None:

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fixtures.models import SMALL_SHAPE, certified_run, random_llama, random_prompt
+from fixtures.caches import small_llama
+from fixtures.models import certified_run, random_prompt
 from kvpolicy.memory.state import Memory, Passage
 from kvpolicy.policies.fam import FAM
 from kvpolicy_hf import PolicyCache
@@ -34,12 +35,6 @@ SPECS = (
 )
 
 
-@cache
-def model() -> Any:
-    """Build a model of two layers with two query heads per KV head."""
-    return random_llama(**SMALL_SHAPE)
-
-
 class Conversation(NamedTuple):
     """Two turns on which float32 cannot decide otherwise; each answer is the greedy one."""
 
@@ -57,12 +52,12 @@ class Conversation(NamedTuple):
 def conversation(spec: str) -> Conversation:
     """Find a conversation without near-ties; its second turn contains the first."""
     for seed in range(50):
-        first = random_prompt(model(), 20, seed)
-        run = certified_run(model(), spec, first, NEW)
+        first = random_prompt(small_llama(), 20, seed)
+        run = certified_run(small_llama(), spec, first, NEW)
         if run is None:
             continue
-        second = first + run.tokens + random_prompt(model(), 15, seed + 1000)
-        answer = certified_run(model(), spec, second, NEW)
+        second = first + run.tokens + random_prompt(small_llama(), 15, seed + 1000)
+        answer = certified_run(small_llama(), spec, second, NEW)
         if answer is not None:
             return Conversation(first, second, answer.tokens)
     raise LookupError(f"no certified conversation for {spec}")
@@ -78,7 +73,7 @@ def left_padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
 def generate(past: PolicyCache, rows: list[list[int]], **arguments: Any) -> list[list[int]]:
     """Generate `NEW` tokens after each row, greedily."""
     ids, mask = left_padded(rows)
-    out = model().generate(
+    out = small_llama().generate(
         ids,
         attention_mask=mask,
         position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
@@ -94,7 +89,7 @@ def generate(past: PolicyCache, rows: list[list[int]], **arguments: Any) -> list
 @torch.no_grad()
 def after(past: PolicyCache, ids: list[int]) -> torch.Tensor:
     """Feed one row; its last logits."""
-    return model()(torch.tensor([ids]), past_key_values=past).logits[0, -1]
+    return small_llama()(torch.tensor([ids]), past_key_values=past).logits[0, -1]
 
 
 def memories(past: PolicyCache, row: int = 0) -> list[Memory]:
@@ -123,15 +118,18 @@ def test_rows_of_unequal_lengths_decode_as_if_alone(spec: str) -> None:
     text = conversation(spec).text
     ids, mask = left_padded([text[:length] for length in LENGTHS])
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    past, alone = PolicyCache(model(), spec), [PolicyCache(model(), spec) for _ in LENGTHS]
-    model()(ids, attention_mask=mask, position_ids=positions, past_key_values=past)
+    past, alone = (
+        PolicyCache(small_llama(), spec),
+        [PolicyCache(small_llama(), spec) for _ in LENGTHS],
+    )
+    small_llama()(ids, attention_mask=mask, position_ids=positions, past_key_values=past)
     for cache_of_row, length in zip(alone, LENGTHS, strict=True):
         after(cache_of_row, text[:length])
     for step in range(NEW):
         new = [text[length + step] for length in LENGTHS]
         mask = torch.cat([mask, torch.ones(len(new), 1, dtype=torch.int64)], dim=1)
         positions = torch.tensor(LENGTHS)[:, None] + step
-        together = model()(
+        together = small_llama()(
             torch.tensor(new)[:, None],
             attention_mask=mask,
             position_ids=positions,
@@ -148,7 +146,7 @@ def test_rows_of_unequal_lengths_decode_as_if_alone(spec: str) -> None:
 def test_a_left_padded_batch_generates_what_its_rows_do(spec: str, chunk: int | None) -> None:
     """Proves `generate` on a padded batch gives the oracle's tokens for every row."""
     first, second, answer = conversation(spec)
-    past = PolicyCache(model(), spec)
+    past = PolicyCache(small_llama(), spec)
     tokens = generate(past, [first, second], prefill_chunk_size=chunk)
     assert tokens == [second[len(first) : len(first) + NEW], answer]
 
@@ -164,10 +162,10 @@ def test_padding_anywhere_leaves_memories_alone(data: st.DataObject, spec: str) 
     mask *= mask.cumsum(-1) <= len(long)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     ids = torch.tensor(long)[positions] * mask
-    past, start = PolicyCache(model(), spec), 0
+    past, start = PolicyCache(small_llama(), spec), 0
     while start < width:
         end = min(width, start + data.draw(st.integers(1, 20), "chunk"))
-        model()(
+        small_llama()(
             ids[:, start:end],
             attention_mask=mask[:, :end],
             position_ids=positions[:, start:end],
@@ -176,7 +174,7 @@ def test_padding_anywhere_leaves_memories_alone(data: st.DataObject, spec: str) 
         start = end
     for row, tokens in enumerate(mask.sum(-1).tolist()):
         if tokens:
-            alone = PolicyCache(model(), spec)
+            alone = PolicyCache(small_llama(), spec)
             after(alone, long[:tokens])
             require_equal(past, row, alone)
 
@@ -185,7 +183,7 @@ def test_padding_anywhere_leaves_memories_alone(data: st.DataObject, spec: str) 
 def test_a_second_turn_continues_the_first(spec: str) -> None:
     """Proves generate on a used cache equals the oracle on the whole conversation."""
     first, second, answer = conversation(spec)
-    past, fresh = PolicyCache(model(), spec), PolicyCache(model(), spec)
+    past, fresh = PolicyCache(small_llama(), spec), PolicyCache(small_llama(), spec)
     generate(past, [first])
     assert generate(past, [second]) == [answer]
     after(fresh, second + answer[:-1])
@@ -196,7 +194,7 @@ def test_a_second_turn_continues_the_first(spec: str) -> None:
 def test_a_copy_made_mid_stream_goes_its_own_way(spec: str) -> None:
     """Proves deepcopy shares no memory: both continue as if the other did not exist."""
     long = conversation(spec).text
-    past, fresh = PolicyCache(model(), spec), PolicyCache(model(), spec)
+    past, fresh = PolicyCache(small_llama(), spec), PolicyCache(small_llama(), spec)
     after(past, long[:21])
     twin = copy.deepcopy(past)
     after(twin, [7] * 30)
@@ -207,7 +205,7 @@ def test_a_copy_made_mid_stream_goes_its_own_way(spec: str) -> None:
 
 def test_a_copy_shares_the_models_weights() -> None:
     """Proves deepcopy copies rows only: no parameter, buffer or module of the model."""
-    past = PolicyCache(model(), FEEDBACK)
+    past = PolicyCache(small_llama(), FEEDBACK)
     after(past, conversation(FEEDBACK).text)
     twin = copy.deepcopy(past)
     for mine, its in zip(past._policy_layers, twin._policy_layers, strict=True):
@@ -219,7 +217,7 @@ def test_a_copy_shares_the_models_weights() -> None:
 def test_reset_forgets_the_memory(spec: str) -> None:
     """Proves a reset cache takes another batch and gives a fresh cache's answers."""
     first, second, answer = conversation(spec)
-    past, fresh = PolicyCache(model(), spec), PolicyCache(model(), spec)
+    past, fresh = PolicyCache(small_llama(), spec), PolicyCache(small_llama(), spec)
     generate(past, [first, second])
     past.reset()
     assert past.ledger().bytes_held == 0
@@ -232,10 +230,10 @@ def test_reset_forgets_the_memory(spec: str) -> None:
 def test_inference_mode_and_no_grad_may_alternate(spec: str) -> None:
     """Proves memories made in inference mode can be rewritten outside of it."""
     long = conversation(spec).text
-    past, fresh = PolicyCache(model(), spec), PolicyCache(model(), spec)
+    past, fresh = PolicyCache(small_llama(), spec), PolicyCache(small_llama(), spec)
     with torch.inference_mode():
-        model()(torch.tensor([long[:20]]), past_key_values=past)
-    model()(torch.tensor([long[20:]]), past_key_values=past)
+        small_llama()(torch.tensor([long[:20]]), past_key_values=past)
+    small_llama()(torch.tensor([long[20:]]), past_key_values=past)
     after(fresh, long)
     require_equal(past, 0, fresh)
     assert not any(x.requires_grad for memory in memories(past) for x in memory.tensors())
@@ -260,7 +258,7 @@ def test_a_memory_failing_in_the_first_layer_changes_nothing() -> None:
     policy = Forgetful(block=8, segments=1, slots=4, level="model")
     text = conversation(FEEDBACK).text
     for held, new in ((20, 10), (23, 1)):
-        past, before = PolicyCache(model(), policy), PolicyCache(model(), policy)
+        past, before = PolicyCache(small_llama(), policy), PolicyCache(small_llama(), policy)
         after(past, text[:held])
         after(before, text[:held])
         with pytest.raises(ZeroDivisionError):

@@ -1,7 +1,6 @@
 """transformers under a policy computes what the float64 oracle computes, in any chunking."""
 
 from functools import cache
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from fixtures.caches import small_llama
+from fixtures.caches import feed, retained, small_llama
 from fixtures.families import FAMILIES as FURTHER
 from fixtures.models import (
     SMALL_SHAPE,
@@ -58,23 +57,6 @@ FAMILIES = {
 def certified(spec: str) -> CertifiedPrompt:
     """Find a prompt of the small model on which float32 cannot decide otherwise."""
     return certified_prompts(small_llama(), [spec], [PROMPT], max_new_tokens=NEW)[0]
-
-
-def retained(cache: PolicyCache, row: int = 0) -> list[tuple[tuple[int, ...], ...]]:
-    """Give a row's sets as the oracle does."""
-    layers = range(len(cache.layers))
-    sets = (cache.retained_positions(layer, row).tolist() for layer in layers)
-    return [tuple(tuple(head) for head in layer) for layer in sets]
-
-
-@torch.no_grad()
-def feed(
-    model: Any, past: PolicyCache | DynamicCache, ids: list[int], borders: list[int]
-) -> torch.Tensor:
-    """Feed tokens in chunks that end at the borders; the logits after each token."""
-    chunks = [ids[first:last] for first, last in pairwise([0, *borders, len(ids)])]
-    outputs = [model(torch.tensor([chunk]), past_key_values=past).logits[0] for chunk in chunks]
-    return torch.cat(outputs)
 
 
 @pytest.mark.parametrize("spec", SPECS)

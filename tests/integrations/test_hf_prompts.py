@@ -2,14 +2,13 @@
 
 import copy
 from functools import cache
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from fixtures.caches import small_llama
+from fixtures.caches import feed, retained, small_llama
 from fixtures.models import (
     CertifiedPrompt,
     certified_prompts,
@@ -63,12 +62,6 @@ def certified_batch(spec: str) -> list[CertifiedPrompt]:
     return certified_prompts(small_llama(), [spec], LENGTHS, max_new_tokens=NEW)
 
 
-def retained(past: PolicyCache, row: int = 0) -> list[tuple[tuple[int, ...], ...]]:
-    """Give a row's sets as the oracle does."""
-    sets = (past.retained_positions(layer, row).tolist() for layer in range(len(past.layers)))
-    return [tuple(tuple(head) for head in layer) for layer in sets]
-
-
 def generate(
     past: PolicyCache, rows: list[list[int]], model: Any = None, **arguments: Any
 ) -> list[list[int]]:
@@ -79,15 +72,6 @@ def generate(
     settings = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0} | arguments
     out = model.generate(ids, attention_mask=mask, past_key_values=past, **settings)
     return out[:, width:].tolist()
-
-
-@torch.no_grad()
-def feed(past: PolicyCache, ids: list[int], borders: list[int]) -> torch.Tensor:
-    """Feed one row in chunks that end at the borders; the logits after each token."""
-    chunks = [ids[first:last] for first, last in pairwise([0, *borders, len(ids)])]
-    return torch.cat(
-        [small_llama()(torch.tensor([chunk]), past_key_values=past).logits[0] for chunk in chunks]
-    )
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -128,7 +112,7 @@ def test_every_token_retains_what_the_oracle_retains(spec: str) -> None:
     prompt, past = certified(spec), PolicyCache(small_llama(), spec, prompt_tokens=PROMPT)
     oracle = ModelOracle(small_llama(), spec, prompt=PROMPT)
     for token in prompt.ids + prompt.run.tokens[:-1]:
-        logits = feed(past, [token], [])[0]
+        logits = feed(small_llama(), past, [token], [])[0]
         np.testing.assert_allclose(logits, oracle.feed(token), atol=TOLERANCE)
         assert retained(past) == oracle.retained
 
@@ -140,7 +124,7 @@ def test_any_chunking_around_a_prompt_gives_the_same(spec: str, borders: list[in
     prompt = certified(spec)
     ids = prompt.ids + prompt.run.tokens[:-1]
     past, oracle = PolicyCache(small_llama(), spec, prompt_tokens=PROMPT), certified_logits(spec)
-    np.testing.assert_allclose(feed(past, ids, borders), oracle, atol=TOLERANCE)
+    np.testing.assert_allclose(feed(small_llama(), past, ids, borders), oracle, atol=TOLERANCE)
     assert retained(past) == prompt.run.retained
 
 
@@ -195,10 +179,10 @@ def test_a_copy_knows_the_prompt(spec: str) -> None:
     ids, expected = prompt.ids + prompt.run.tokens[:-1], prompt.run.retained
     for given, at in ((None, PROMPT), (PROMPT, 30)):
         past = PolicyCache(small_llama(), spec, prompt_tokens=given)
-        feed(past, ids[:at], [])
+        feed(small_llama(), past, ids[:at], [])
         other = copy.deepcopy(past)
         for one in (other, past):
-            feed(one, ids[at:], list(range(1, len(ids) - at)))
+            feed(small_llama(), one, ids[at:], list(range(1, len(ids) - at)))
             assert retained(one) == expected
 
 
@@ -238,10 +222,10 @@ def test_prompts_without_a_known_end_are_refused(kind: str, mode: str) -> None:
     past = PolicyCache(small_llama(), f"window:budget=4,{mode}", prompt_tokens=given)
     *before, last = sizes
     for size in before:
-        feed(past, list(range(size)), [])
+        feed(small_llama(), past, list(range(size)), [])
     tokens = past.ledger().logical_tokens
     with pytest.raises(UnsupportedError, match=message):
-        feed(past, list(range(last)), [])
+        feed(small_llama(), past, list(range(last)), [])
     assert past.ledger().logical_tokens == tokens
 
 
@@ -261,5 +245,5 @@ def test_streaming_policies_need_no_prompt() -> None:
         PolicyCache(small_llama(), spec, prompt_tokens=30),
         PolicyCache(small_llama(), spec),
     )
-    assert torch.equal(feed(told, ids, [20]), feed(untold, ids, [20]))
+    assert torch.equal(feed(small_llama(), told, ids, [20]), feed(small_llama(), untold, ids, [20]))
     assert retained(told) == retained(untold)

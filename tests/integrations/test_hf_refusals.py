@@ -1,7 +1,6 @@
 """What cannot be honoured is refused with what, why and what to do, and changes nothing."""
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import pytest
@@ -24,6 +23,7 @@ from transformers import (
     T5Config,
 )
 
+from fixtures.caches import small_llama
 from fixtures.models import (
     SMALL_SHAPE,
     random_llama,
@@ -44,12 +44,6 @@ TINY: dict[str, Any] = {
     "vocab_size": 32,
     "pad_token_id": None,
 }
-
-
-@cache
-def model() -> Any:
-    """Build the model whose forwards are refused; one layer more than one, to fail between."""
-    return random_llama(**SMALL_SHAPE)
 
 
 def llava() -> PreTrainedModel:
@@ -189,7 +183,7 @@ def test_policies_that_cannot_be_honoured_are_refused(spec: str) -> None:
     """Proves wrong and unsupported specs fail at construction."""
     error, message = SPECS[spec]
     with pytest.raises(error, match=message):
-        PolicyCache(model(), spec)
+        PolicyCache(small_llama(), spec)
 
 
 def test_reindexing_needs_plain_rope() -> None:
@@ -203,7 +197,7 @@ def test_reindexing_needs_plain_rope() -> None:
 @torch.no_grad()
 def fed(spec: Any, num_tokens: int = 20, rows: int = 1, **config: Any) -> tuple[Any, PolicyCache]:
     """Make a model and a cache that has seen some tokens."""
-    used: Any = random_llama(**SMALL_SHAPE | config) if config else model()
+    used: Any = random_llama(**SMALL_SHAPE | config) if config else small_llama()
     past = PolicyCache(used, spec)
     used(torch.tensor([random_prompt(used, num_tokens, 0)] * rows), past_key_values=past)
     return used, past
@@ -322,11 +316,11 @@ GENERATIONS: dict[str, tuple[dict[str, Any], str]] = {
 def test_ways_to_generate_that_roll_back_are_refused(kind: str) -> None:
     """Proves `generate` itself meets the refusals."""
     arguments, message = GENERATIONS[kind]
-    ids = torch.tensor([random_prompt(model(), 20, 0)])
+    ids = torch.tensor([random_prompt(small_llama(), 20, 0)])
     with pytest.raises(UnsupportedError, match=message):
-        model().generate(
+        small_llama().generate(
             ids,
-            past_key_values=PolicyCache(model(), "full"),
+            past_key_values=PolicyCache(small_llama(), "full"),
             max_new_tokens=4,
             do_sample=False,
             pad_token_id=0,
@@ -416,6 +410,6 @@ def test_a_row_that_does_not_exist_is_an_error() -> None:
 
 def test_other_caches_are_untouched_by_refusals() -> None:
     """Proves the strict checks are for policies only: softcap-free sdpa still gets its kwargs."""
-    PolicyCache(model(), "full")
+    PolicyCache(small_llama(), "full")
     with torch.no_grad():
-        model()(torch.tensor([[1, 2]]), past_key_values=DynamicCache(), softcap=None)
+        small_llama()(torch.tensor([[1, 2]]), past_key_values=DynamicCache(), softcap=None)

@@ -10,7 +10,7 @@ from vllm.exceptions import VLLMValidationError
 import kvpolicy
 import kvpolicy_vllm
 from fixtures.engines import assert_equals_reference, generate, reference, start_engine
-from fixtures.models import random_llama, random_prompt, save_model
+from fixtures.models import random_prompt
 from kvpolicy_vllm import frontend
 from kvpolicy_vllm.admission import allowed_names
 from kvpolicy_vllm.cli import add_flag
@@ -21,18 +21,6 @@ pytestmark = pytest.mark.vllm
 
 NUM_TOKENS = 12
 SERVER = "h2o:budget=64"
-
-
-@pytest.fixture(scope="module")
-def model():
-    """A random Llama of two layers."""
-    return random_llama(num_hidden_layers=2)
-
-
-@pytest.fixture(scope="module")
-def path(model, tmp_path_factory):
-    """The model on disk."""
-    return save_model(model, tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from vllm.model_executor.layers.attention import Attention
 import kvpolicy
 import kvpolicy_vllm
 from fixtures.engines import BLOCK_SIZE, start_engine
-from fixtures.models import random_llama, random_prompt, save_model
+from fixtures.models import random_prompt, save_model
 from kvpolicy.trace import Header, Rope, Trace
 from kvpolicy_vllm import Capture, frontend
 from kvpolicy_vllm.allotment import Allotment
@@ -36,12 +36,6 @@ pytestmark = pytest.mark.vllm
 NUM_TOKENS = 12
 REFERENCE = "kvpolicy_test_reference"
 KINDS = ("q", "k", "v", "lse", "out")
-
-
-@pytest.fixture(scope="module")
-def model() -> PreTrainedModel:
-    """A random Llama of two layers."""
-    return random_llama(num_hidden_layers=2)
 
 
 @pytest.fixture(scope="module")

@@ -43,18 +43,6 @@ def known():
 
 
 @pytest.fixture(scope="module")
-def model():
-    """A random Llama of two layers."""
-    return random_llama(num_hidden_layers=LAYERS)
-
-
-@pytest.fixture(scope="module")
-def path(model, tmp_path_factory):
-    """The model on disk."""
-    return save_model(model, tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
 def engine(path, known):
     """An engine whose requests bring policies that fail, beside others."""
     allow = ("full", "h2o", "window", "faulty", "faulty_watcher")

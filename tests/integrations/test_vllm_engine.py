@@ -20,24 +20,12 @@ from fixtures.engines import (
     reference,
     start_engine,
 )
-from fixtures.models import random_llama, random_mistral, random_prompt, save_model
+from fixtures.models import random_mistral, random_prompt, save_model
 from kvpolicy_vllm.config import check_engine
 
 pytestmark = pytest.mark.vllm
 
 NUM_TOKENS = 12
-
-
-@pytest.fixture(scope="module")
-def model():
-    """A random Llama of two layers."""
-    return random_llama(num_hidden_layers=2)
-
-
-@pytest.fixture(scope="module")
-def path(model, tmp_path_factory):
-    """The model on disk."""
-    return save_model(model, tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module")

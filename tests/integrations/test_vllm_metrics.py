@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 import kvpolicy
 import kvpolicy_vllm
 from fixtures.engines import generate, start_engine
-from fixtures.models import random_llama, random_prompt, save_model
+from fixtures.models import random_prompt
 from kvpolicy_vllm.book import Finished, RequestLedger
 from kvpolicy_vllm.metrics import OURS, SHARED, Meter
 
@@ -31,18 +31,6 @@ SUMS = {
     "kvpolicy_bytes_saved_total": "bytes_saved",
 }
 """Counters that are sums of ledger entries."""
-
-
-@pytest.fixture(scope="module")
-def model():
-    """A random Llama of two layers."""
-    return random_llama(num_hidden_layers=2)
-
-
-@pytest.fixture(scope="module")
-def path(model, tmp_path_factory):
-    """The model on disk."""
-    return save_model(model, tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(autouse=True)

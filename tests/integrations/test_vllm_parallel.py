@@ -19,7 +19,7 @@ from fixtures.engines import (
     reference,
     start_engine,
 )
-from fixtures.models import SHAPE, certified_prompts, random_llama, random_prompt, save_model
+from fixtures.models import SHAPE, certified_prompts, random_prompt
 from kvpolicy.memory.policy import MemoryPolicy
 from kvpolicy_vllm.engine import Engine
 
@@ -43,18 +43,6 @@ SPECS = (
     "centroid:budget=36,slots=8,interval=4",
     "compressive:budget=36,memory=12,fn=attention,interval=9,sinks=2",
 )
-
-
-@pytest.fixture(scope="module")
-def model() -> PreTrainedModel:
-    """A random Llama with a KV head for each of two processes."""
-    return random_llama(num_hidden_layers=NUM_LAYERS)
-
-
-@pytest.fixture(scope="module")
-def path(model, tmp_path_factory):
-    """The model on disk."""
-    return save_model(model, tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from transformers import PreTrainedModel
 from vllm import LLM
 
 from fixtures.engines import (
@@ -13,7 +12,7 @@ from fixtures.engines import (
     reference,
     start_engine,
 )
-from fixtures.models import random_llama, random_prompt, save_model
+from fixtures.models import random_prompt
 from kvpolicy_vllm import backend, execution
 
 pytestmark = pytest.mark.vllm
@@ -40,21 +39,9 @@ SCHEDULES = {
 
 
 @pytest.fixture(scope="module")
-def model() -> PreTrainedModel:
-    """A random Llama of two layers."""
-    return random_llama(num_hidden_layers=2)
-
-
-@pytest.fixture(scope="module")
 def cases(model) -> Cases:
     """Certified prompts with their answers."""
     return Cases(model)
-
-
-@pytest.fixture(scope="module")
-def path(model, tmp_path_factory):
-    """The model on disk."""
-    return save_model(model, tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module", params=SCHEDULES, ids=lambda name: name.replace(" ", "-"))

@@ -4,7 +4,6 @@ from itertools import cycle
 
 import pytest
 import torch
-from transformers import PreTrainedModel
 from vllm import LLM, SamplingParams
 
 import kvpolicy
@@ -21,7 +20,7 @@ from fixtures.engines import (
     scheduler_of,
     start_engine,
 )
-from fixtures.models import random_llama, random_prompt, save_model
+from fixtures.models import random_prompt
 
 pytestmark = pytest.mark.vllm
 
@@ -61,21 +60,9 @@ keep_only = pytest.mark.parametrize("mode", ["keep"], indirect=True, scope="modu
 
 
 @pytest.fixture(scope="module")
-def model() -> PreTrainedModel:
-    """A random Llama of two layers."""
-    return random_llama(num_hidden_layers=2)
-
-
-@pytest.fixture(scope="module")
 def cases(model) -> Cases:
     """Certified prompts with transformers' answers."""
     return Cases(model)
-
-
-@pytest.fixture(scope="module")
-def path(model, tmp_path_factory):
-    """The model on disk."""
-    return save_model(model, tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module")

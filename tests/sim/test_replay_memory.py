@@ -5,12 +5,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import kvpolicy_sim
-from fixtures.replays import full_attention, relative_error, retained_mass
+from fixtures.replays import (
+    assert_follows_oracle,
+    full_attention,
+    oracle_run,
+    relative_error,
+)
 from fixtures.traces import Shape, header_of, random_layers, write_trace
 from kvpolicy import UnsupportedError, parse
 from kvpolicy.attention import AttentionLayer
@@ -18,7 +23,6 @@ from kvpolicy.engine import step
 from kvpolicy_sim import lanes, layerwise
 from kvpolicy_sim.replay import rotary_of
 from kvpolicy_sim.rules import is_compiled
-from oracles.dense import replay_layer
 from oracles.memory import Given
 from strategies import SEEDS
 
@@ -81,41 +85,11 @@ def report(path):
     return kvpolicy_sim.replay(path, [*BLOCKS, *MEMORIES])
 
 
-def oracle_run(report, spec, layer, x, given=None, text=None):
-    """The oracle's run over a layer, on the sets that the replay held."""
-    tokens = x.k.shape[1]
-    host = [report.retained_positions(spec, layer, tokens=n).tolist() for n in range(1, tokens + 1)]
-    run = replay_layer(
-        text or spec,
-        x.q,
-        x.k,
-        x.v,
-        layer=layer,
-        rotated_by=THETA,
-        given=given,
-        host_retained=host,
-    )
-    return host, run
-
-
-def assert_follows_oracle(report, spec, layer, x, given=None, text=None):
-    """Compare sets after every token, mass and outputs with the float64 oracle."""
-    host, run = oracle_run(report, spec, layer, x, given, text)
-    outcome = report.result(spec).outcomes[0, layer]
-    weights, outputs = full_attention(x)
-    tokens = x.k.shape[1]
-    expected = np.stack([retained_mass(weights, host, t) for t in range(tokens)], axis=-1)
-    got = outcome.retained_mass.reshape(expected.shape)
-    np.testing.assert_allclose(got, expected, rtol=2e-5, atol=1e-7)
-    error = relative_error(run.outputs, outputs)
-    np.testing.assert_allclose(outcome.output_error, error, rtol=1e-4, atol=5e-6)
-
-
 @pytest.mark.parametrize("spec", [*BLOCKS, *MEMORIES])
 def test_replay_follows_the_oracle(spec, layers, report):
     """Sets, retained mass and the error of outputs, memory included, equal the oracle's."""
     for layer, x in layers.items():
-        assert_follows_oracle(report, spec, layer, x)
+        assert_follows_oracle(report, spec, layer, x, rotated_by=THETA)
 
 
 @pytest.mark.parametrize("gates", ["trained", "conv"])
@@ -138,7 +112,7 @@ def test_parameters_from_files_follow_the_oracle(gates, layers, path, tmp_path):
     report = kvpolicy_sim.replay(path, [spec])
     given = Given({name: x.double().numpy() for name, x in tensors.items()})
     for layer, x in layers.items():
-        assert_follows_oracle(report, spec, layer, x, given, text)
+        assert_follows_oracle(report, spec, layer, x, rotated_by=THETA, given=given, text=text)
 
 
 @given(
@@ -149,6 +123,7 @@ def test_parameters_from_files_follow_the_oracle(gates, layers, path, tmp_path):
     tokens=st.integers(1, 150),
     sharpness=st.sampled_from([0.5, 2.0]),
 )
+@example(spec="infini:segment=1,gate=1.0", seed=0, kv_heads=1, group=1, tokens=1, sharpness=0.5)
 @settings(max_examples=25)
 def test_any_shape_follows_the_oracle(
     spec, seed, kv_heads, group, tokens, sharpness, tmp_path_factory
@@ -159,9 +134,9 @@ def test_any_shape_follows_the_oracle(
     path = tmp_path_factory.mktemp("traces") / "t.kvtrace"
     write_trace(path, layers, header=header_of(shape))
     report = kvpolicy_sim.replay(path, [spec], details=False, threads=1)
-    _, run = oracle_run(report, spec, 2, layers[2])
+    _, run = oracle_run(report, spec, 2, layers[2], rotated_by=THETA)
     if run.min_margin > 1e-4:
-        assert_follows_oracle(report, spec, 2, layers[2])
+        assert_follows_oracle(report, spec, 2, layers[2], rotated_by=THETA)
 
 
 @pytest.mark.parametrize("level", ["layer-local", "open-loop"])
@@ -232,7 +207,7 @@ def test_bfloat16_traces_are_replayed_in_float32(tmp_path):
     specs = ["centroid:budget=32", "infini:segment=24,gate=calibrated"]
     report = kvpolicy_sim.replay(path, specs)
     for spec in specs:
-        assert_follows_oracle(report, spec, 0, exact)
+        assert_follows_oracle(report, spec, 0, exact, rotated_by=THETA)
 
 
 def test_sampled_heads_give_the_same_heads(layers, path, tmp_path):
@@ -248,7 +223,7 @@ def test_sampled_heads_give_the_same_heads(layers, path, tmp_path):
     given = Given({name: kernels[:, 1:].double().numpy() for name in ("keys", "values")})
     for layer, x in part.items():
         text = "compressive:budget=32,fn=conv,weights=file"
-        assert_follows_oracle(report, spec, layer, x, given, text)
+        assert_follows_oracle(report, spec, layer, x, rotated_by=THETA, given=given, text=text)
 
 
 @pytest.mark.parametrize(

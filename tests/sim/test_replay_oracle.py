@@ -1,15 +1,13 @@
 """The replay decides as the float64 oracle does, token by token, in every layer and head."""
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvpolicy_sim
-from fixtures.replays import full_attention, relative_error, retained_mass
+from fixtures.replays import assert_follows_oracle
 from fixtures.traces import Shape, header_of, random_layers, write_trace
-from oracles.dense import replay_layer
 from strategies import SEEDS, attended_specs
 
 SHAPE = Shape()
@@ -46,20 +44,6 @@ def report(layers, tmp_path_factory):
     path = tmp_path_factory.mktemp("traces") / "t.kvtrace"
     write_trace(path, layers, header=header_of(SHAPE))
     return kvpolicy_sim.replay(path, SPECS)
-
-
-def assert_follows_oracle(report, spec, layer, x):
-    """Compare sets after every token, mass and outputs with the float64 oracle."""
-    tokens = x.k.shape[1]
-    host = [report.retained_positions(spec, layer, tokens=n).tolist() for n in range(1, tokens + 1)]
-    run = replay_layer(spec, x.q, x.k, x.v, layer=layer, host_retained=host)
-    outcome = report.result(spec).outcomes[0, layer]
-    mass, outputs = full_attention(x)
-    expected = np.stack([retained_mass(mass, host, t) for t in range(tokens)], axis=-1)  # [H, T]
-    got = outcome.retained_mass.reshape(expected.shape)
-    np.testing.assert_allclose(got, expected, rtol=2e-5, atol=1e-7)
-    error = relative_error(run.outputs, outputs)
-    np.testing.assert_allclose(outcome.output_error, error, rtol=1e-4, atol=2e-6)
 
 
 @pytest.mark.parametrize("spec", SPECS)

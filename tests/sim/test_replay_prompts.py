@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 
 import kvpolicy_sim
 from fixtures.pages import parse_page
-from fixtures.replays import full_attention, relative_error, retained_mass
+from fixtures.replays import (
+    assert_follows_oracle,
+)
 from fixtures.traces import Shape, header_of, random_layers, write_trace
 from kvpolicy import UnsupportedError, parse
 from kvpolicy.trace import Trace
@@ -15,7 +17,6 @@ from kvpolicy_sim import layerwise
 from kvpolicy_sim.estimate import estimate
 from kvpolicy_sim.page.html import page
 from kvpolicy_sim.recommend import recommend
-from oracles.dense import replay_layer
 from strategies import SEEDS, prompt_specs
 
 SHAPE = Shape(tokens=180)
@@ -58,25 +59,11 @@ def report(path):
     return kvpolicy_sim.replay(path, ["full", *SPECS], oracle=True)
 
 
-def assert_follows_oracle(report, spec, layer, x, prompt):
-    """Compare sets after every token, mass and outputs with the float64 oracle."""
-    tokens = x.k.shape[1]
-    host = [report.retained_positions(spec, layer, tokens=n).tolist() for n in range(1, tokens + 1)]
-    run = replay_layer(spec, x.q, x.k, x.v, layer=layer, prompt=prompt, host_retained=host)
-    outcome = report.result(spec).outcomes[0, layer]
-    mass, outputs = full_attention(x)
-    expected = np.stack([retained_mass(mass, host, t) for t in range(tokens)], axis=-1)  # [H, T]
-    got = outcome.retained_mass.reshape(expected.shape)
-    np.testing.assert_allclose(got, expected, rtol=2e-5, atol=1e-7)
-    error = relative_error(run.outputs, outputs)
-    np.testing.assert_allclose(outcome.output_error, error, rtol=1e-4, atol=2e-6)
-
-
 @pytest.mark.parametrize("spec", [spec for spec in SPECS if "reindex" not in spec])
 def test_replay_follows_the_oracle(spec, layers, report):
     """Sets after every token, retained mass and output error equal the oracle's."""
     for layer, x in layers.items():
-        assert_follows_oracle(report, spec, layer, x, PROMPT)
+        assert_follows_oracle(report, spec, layer, x, prompt=PROMPT)
 
 
 @given(spec=prompt_specs(), seed=SEEDS, tokens=st.integers(2, 150), share=st.floats(0, 1))
@@ -88,7 +75,7 @@ def test_any_policy_and_prompt_follow_the_oracle(spec, seed, tokens, share, tmp_
     path = tmp_path_factory.mktemp("traces") / "t.kvtrace"
     write_trace(path, layers, header=header_of(shape), prompt_len=prompt)
     report = kvpolicy_sim.replay(path, [spec], details=False, threads=1)
-    assert_follows_oracle(report, spec, 2, layers[2], prompt)
+    assert_follows_oracle(report, spec, 2, layers[2], prompt=prompt)
 
 
 @pytest.mark.parametrize("level", ["layer-local", "open-loop"])
