@@ -10,10 +10,11 @@ from pathlib import Path
 from random import Random
 from typing import Any, TypeAlias
 
-from kvpolicy.bundled import bundled_model, heldout_text
+from kvpolicy.bundled import bundled_model
 from kvpolicy.bundled.passkey import FACT, make_passkey
 from kvpolicy.cli.arguments import command_parser, indices, positive, require
 from kvpolicy.cli.output import Output, size
+from kvpolicy.cli.source import add_source, load_model, read_text
 from kvpolicy.cli.trace import require_room, show
 from kvpolicy.trace import Mark
 
@@ -51,8 +52,8 @@ def run(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     require("transformers")
     output = Output(options.json, inputs=[options.text], others=[options.out])
-    text = heldout_text() if options.text is None else Path(options.text).read_text("utf-8")
-    checkpoint = _load(options)
+    text = read_text(options)
+    checkpoint = load_model(options, options.dtype)
     try:
         texts = (_passkeys if options.passkey else _windows)(options, checkpoint, text)
     except ValueError as error:
@@ -80,7 +81,6 @@ def _parser() -> argparse.ArgumentParser:
         EXAMPLES,
     )
     parser.add_argument("--out", metavar="T.kvtrace", required=True, help="the trace to write")
-    parser.add_argument("--text", metavar="FILE", help="text (default: bundled held-out prose)")
     parser.add_argument(
         "--tokens",
         type=positive(2),
@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         help="instead of plain windows, N texts with a number hidden at depths spread evenly and "
         "asked for at the end; the mark `needle` names where it is",
     )
-    parser.add_argument("--model", metavar="DIR", help="model folder (default: the bundled one)")
+    add_source(parser)
     parser.add_argument("--layers", type=indices, metavar="L", help="such as 0,2:4 (default: all)")
     parser.add_argument(
         "--kv-heads", type=indices, metavar="H", help="with their query heads (default: all)"
@@ -133,25 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of pass keys (default: 0)"
     )
-    parser.add_argument(
-        "--threads",
-        type=positive(),
-        metavar="N",
-        help="torch threads (default: 1 for the bundled model, otherwise torch's own choice)",
-    )
     return parser
-
-
-def _load(options: argparse.Namespace) -> Checkpoint:
-    """Load the model that the options name."""
-    import torch
-
-    from kvpolicy_hf.checkpoint import load_checkpoint
-
-    threads = options.threads or (1 if options.model is None else None)
-    if threads:
-        torch.set_num_threads(threads)
-    return load_checkpoint(options.model or bundled_model(), getattr(torch, options.dtype))
 
 
 def _windows(options: argparse.Namespace, checkpoint: Checkpoint, text: str) -> list[Text]:

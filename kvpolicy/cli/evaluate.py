@@ -3,14 +3,13 @@
 import argparse
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from rich.table import Table
 
-from kvpolicy.bundled import bundled_model, heldout_text
 from kvpolicy.cli.arguments import add_policies, command_parser, positive, require, with_baselines
 from kvpolicy.cli.output import Output, figure, size, table
+from kvpolicy.cli.source import add_source, load_model, read_text
 from kvpolicy.footprint import Layout, floats_beside, peak_slots
 from kvpolicy.ledger import SEMANTICS
 from kvpolicy.memory.policy import MemoryPolicy
@@ -33,9 +32,9 @@ def run(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     policies = with_baselines(options.policy)
     require("transformers")
-    text = heldout_text() if options.text is None else Path(options.text).read_text("utf-8")
+    text = read_text(options)
     output = Output(options.json, inputs=[options.text])
-    checkpoint = _load(options)
+    checkpoint = load_model(options)
     task = _passkey if options.task == "passkey" else _perplexity
     if options.task == "passkey" and options.prompt_len:
         parser.error("--prompt-len is for --task ppl; in passkey, all that is asked is the prompt")
@@ -73,8 +72,7 @@ def _parser() -> argparse.ArgumentParser:
         help="ppl: perplexity of consecutive windows of the text; passkey: exact answers about "
         "a number hidden in it (default: ppl)",
     )
-    parser.add_argument("--model", metavar="DIR", help="model folder (default: the bundled one)")
-    parser.add_argument("--text", metavar="FILE", help="text (default: bundled held-out prose)")
+    add_source(parser)
     parser.add_argument(
         "--context", type=positive(8), default=1024, metavar="N", help="tokens (default: 1024)"
     )
@@ -93,26 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         "prefill=bulk and protect=prompt need (default: none)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the prompts (default: 0)")
-    parser.add_argument(
-        "--threads",
-        type=positive(),
-        metavar="N",
-        help="torch threads (default: 1 for the bundled model, otherwise torch's own choice)",
-    )
     return parser
-
-
-def _load(options: argparse.Namespace) -> Checkpoint:
-    """Load the model that the options name."""
-    import torch
-
-    from kvpolicy_hf.checkpoint import load_checkpoint
-
-    threads = options.threads or (1 if options.model is None else None)
-    if threads:
-        torch.set_num_threads(threads)
-    torch.manual_seed(options.seed)
-    return load_checkpoint(options.model or bundled_model())
 
 
 def _perplexity(
