@@ -90,6 +90,7 @@ _PARITY = "integrations/test_vllm_parity.py::"
 _OPERATIONS = (
     "integrations/test_hf_refusals.py::test_cache_operations_that_need_evicted_tokens_are_refused"
 )
+_MODELS = "integrations/test_hf_refusals.py::test_models_that_are_not_known_to_be_right_are_refused"
 _GENERATIONS = "integrations/test_hf_refusals.py::test_ways_to_generate_that_roll_back_are_refused"
 
 FEATURES = (
@@ -293,17 +294,41 @@ FEATURES = (
         vllm=Refused("a slot would be evicted for two layers at once", "choose another model"),
     ),
     Feature(
-        "sliding windows, soft-capping, ALiBi and sink parameters",
+        "sliding windows in some layers",
         vllm=Refused(
-            "they change what attention sees or how it weighs it",
-            "choose a model with plain attention",
+            "its prefix cache and pages know one kind of layers so far",
+            "run it in transformers, or choose a model with full attention",
+            f"{_ENGINE}test_sliding_window_models_are_refused",
+        ),
+        transformers=Works(
+            "integrations/test_hf_hybrids.py::test_a_left_padded_batch_equals_the_oracle",
+            "the policy rules the other layers (Gemma 3, Qwen2, Qwen3; no memory, rope=keep)",
+        ),
+    ),
+    Feature(
+        "sliding windows in all layers",
+        vllm=Refused(
+            "nothing is left for a policy to rule",
+            "choose a model with full attention, or load it without the window",
             f"{_ENGINE}test_sliding_window_models_are_refused",
         ),
         transformers=Refused(
-            "they change what attention sees or how it weighs it",
+            "nothing is left for a policy to rule",
+            "choose a model with full attention, or load it without the window",
+            _MODELS,
+        ),
+    ),
+    Feature(
+        "soft-capping of attention, ALiBi and sink parameters",
+        vllm=Refused(
+            "they change how attention weighs what it sees",
             "choose a model with plain attention",
-            "integrations/test_hf_refusals.py::"
-            "test_models_that_are_not_known_to_be_right_are_refused",
+            f"{_ENGINE}test_soft_capping_models_are_refused",
+        ),
+        transformers=Refused(
+            "they change how attention weighs what it sees",
+            "choose a model with plain attention",
+            _MODELS,
         ),
     ),
     Feature(

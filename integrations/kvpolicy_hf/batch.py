@@ -58,10 +58,11 @@ class Batch:
     """What the layers of a cache share: its rows' lengths and the forward under way.
 
     Attributes:
-        num_layers: Layers that every forward visits in order.
+        num_layers: Layers that every forward visits in order, also those that no policy rules.
         limit: Most tokens per row that the model's positions allow; None: any number.
         policy: The policy's spec, for messages.
         sets_prompts_apart: Whether the policy's law depends on the rows' prompts.
+        has_windows: Whether layers attend to sliding windows, which are counted in columns.
         prompt_tokens: Tokens of the rows' prompts as the user gave them, of every row or each;
             None if the first forward is the prompt.
         prompts: What came of it, per row; empty before the first forward.
@@ -74,12 +75,14 @@ class Batch:
     limit: int | None
     policy: str
     sets_prompts_apart: bool = False
+    has_windows: bool = False
     prompt_tokens: int | Sequence[int] | None = None
     prompts: list[int] = field(default_factory=list)
     forwards: int = 0
     tokens: list[int] = field(default_factory=list)
     columns: int = 0
     _chunk: Chunk | None = None
+    _first: int = 0
     _next_layer: int | None = 0
 
     def __post_init__(self) -> None:
@@ -92,10 +95,10 @@ class Batch:
             )
 
     def begin(self, layer: int, shape: tuple[int, int], mask: Tensor | None) -> Chunk:
-        """Say what a layer is to do in this forward; the first layer checks it all.
+        """Say what a layer is to do in this forward; the first one to ask checks it all.
 
         Args:
-            layer: The layer's index.
+            layer: The index of a layer under the policy.
             shape: Rows and columns, (B, Q).
             mask: None or [B, 1, Q, Q].
 
@@ -104,13 +107,13 @@ class Batch:
             KVPolicyError: The layers have lost step, because a forward failed midway.
         """
         self.require_turn(layer)
-        if layer == 0:
+        chunk = self._chunk
+        if chunk is None:
             chunk = self._plan(shape, mask)
             self._require_room(chunk)
-            self._chunk = chunk
-        assert self._chunk is not None, "the first layer made it"
+            self._chunk, self._first = chunk, layer
         self._next_layer = None
-        return self._chunk
+        return chunk
 
     def require_positions(self, positions: Tensor) -> None:
         """Raise UnsupportedError unless tokens were rotated at the positions counted here.
@@ -150,7 +153,7 @@ class Batch:
 
     def fail(self, layer: int) -> None:
         """Note that a layer failed and holds what it held before."""
-        if layer == 0:
+        if layer == self._first:
             self._chunk, self._next_layer = None, 0
 
     def reset(self, prompt_tokens: int | Sequence[int] | None) -> None:
@@ -162,10 +165,11 @@ class Batch:
 
     def require_turn(self, layer: int) -> None:
         """Raise KVPolicyError unless a layer is the next to come."""
-        if layer == self._next_layer:
-            return
         if layer == 0:
             self.require_consistent()
+            self._next_layer = 0
+        if layer == self._next_layer:
+            return
         raise KVPolicyError(
             f"layer {layer} came when the cache expected layer {self._next_layer}: the attention "
             "function never saw the layer between, or layers were skipped; use the cache with "
@@ -173,8 +177,11 @@ class Batch:
         )
 
     def require_consistent(self) -> None:
-        """Raise KVPolicyError if a forward stopped between the first and the last layer."""
-        if self._next_layer != 0:
+        """Raise KVPolicyError if a forward stopped after a layer under the policy took its tokens.
+
+        Layers before that give back what they took when the next forward begins.
+        """
+        if self._chunk is not None:
             raise KVPolicyError(
                 "the last forward with this cache failed midway, so its layers differ in length; "
                 "call reset() and feed the tokens again, or go on with a copy made before"
@@ -186,27 +193,47 @@ class Batch:
         if self.tokens and not 0 <= row < len(self.tokens):
             raise IndexError(f"row {row} of a cache with {len(self.tokens)} rows")
 
+    def require_rows(self, rows: int) -> None:
+        """Raise UnsupportedError unless a forward has as many rows as those before."""
+        if self.tokens and rows != len(self.tokens):
+            raise UnsupportedError(
+                f"the cache holds {len(self.tokens)} rows but the forward has {rows}; use one "
+                "PolicyCache per batch, or reset() it"
+            )
+
     def _seen(self, rows: int) -> list[int]:
         return self.tokens or [0] * rows
 
     def _plan(self, shape: tuple[int, int], mask: Tensor | None) -> Chunk:
         rows, queries = shape
+        self.require_rows(rows)
         seen = self._seen(rows)
-        if rows != len(seen):
-            raise UnsupportedError(
-                f"the cache holds {len(seen)} rows but the forward has {rows}; use one "
-                "PolicyCache per batch, or reset() it"
-            )
         real = None if mask is None else real_tokens(mask, rows, queries)
         if real is None or bool(real.all()):
             columns, is_padded = [list(range(queries))] * rows, False
         else:
             columns, is_padded = [row.nonzero()[:, 0].tolist() for row in real.cpu()], True
+            self._require_whole_windows(queries, seen, columns)
         new_tokens = [len(row) for row in columns]
         prompts = self._prompts(queries, new_tokens)
         in_lockstep = queries == 1 or len(set(zip(seen, prompts, strict=True))) == 1
         groups = None if in_lockstep and not is_padded else _groups(seen, prompts, columns)
         return Chunk(queries, new_tokens, prompts, groups)
+
+    def _require_whole_windows(
+        self, queries: int, seen: list[int], columns: list[list[int]]
+    ) -> None:
+        """Raise UnsupportedError if a sliding window would span padding between tokens."""
+        if not self.has_windows:
+            return
+        for row, (before, own) in enumerate(zip(seen, columns, strict=True)):
+            padding = queries - len(own)
+            if own != list(range(padding, queries)) or (before and padding):
+                raise UnsupportedError(
+                    f"{self.policy}: row {row} has padding between its tokens, which transformers "
+                    "counts in the sliding windows of this model, so that the row's result would "
+                    "depend on its batch; pad on the left of whole rows, or feed rows alone"
+                )
 
     def _prompts(self, queries: int, new_tokens: list[int]) -> list[int]:
         """Tokens of each row's prompt, in a forward of so many columns and real tokens."""

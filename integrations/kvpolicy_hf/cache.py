@@ -7,15 +7,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
-from kvpolicy import CachePolicy, Ledger, UnsupportedError, parse
+from kvpolicy import CachePolicy, Ledger, PolicyError, UnsupportedError, parse
 from kvpolicy.attention import AttentionLayer
-from kvpolicy.engine import step
-from kvpolicy.lookahead import extend
 from kvpolicy.slots import Slots
-from kvpolicy_hf.attention import install, is_installed, mark
-from kvpolicy_hf.batch import Batch, Chunk
+from kvpolicy_hf.attention import install, is_installed
+from kvpolicy_hf.batch import Batch
+from kvpolicy_hf.layers import PolicyLayer, SlidingLayer, refusal
 from kvpolicy_hf.support import (
     attention_modules,
     decoders_of,
@@ -23,6 +22,7 @@ from kvpolicy_hf.support import (
     require_parameters_fit,
     require_supported,
     rotary_of,
+    windows_of,
 )
 
 
@@ -33,12 +33,15 @@ class PolicyCache(Cache):
     left-padded: padding takes no slot and has no position. The model's attention
     implementation becomes ``kvpolicy``, which serves every other cache as before.
 
+    In models whose layers are some full attention, some a sliding window, the policy rules the
+    former; the latter stay transformers' own.
+
     ``prefill=bulk`` and ``protect=prompt`` set the prompt apart. It is the first forward's real
     tokens, row by row; what comes later is generated, second turns included. A prompt that takes
     several forwards, as under ``prefill_chunk_size``, needs `prompt_tokens`.
 
     Args:
-        model: A model of a tested architecture with full attention.
+        model: A model of a tested architecture.
         policy: A policy or its spec, such as ``"h2o:budget=256"``.
         prompt_tokens: Real tokens of the prompts, of every row or one number for each; by
             default what the first forward brings.
@@ -57,25 +60,32 @@ class PolicyCache(Cache):
         self.policy = parse(policy)
         require_supported(model, self.policy)
         self._config = model.config
-        modules = attention_modules(model)
+        modules, windows = attention_modules(model), windows_of(model.config)
         self._batch = Batch(
             num_layers=len(modules),
             limit=position_limit(model, self.policy),
             policy=str(self.policy),
             sets_prompts_apart=self.policy.occupancy.needs_prompt,
+            has_windows=any(windows),
             prompt_tokens=prompt_tokens,
         )
         rotary = rotary_of(model)
         decoders = decoders_of(model, self.policy, rotary)
-        self._policy_layers = [
+        layers = [
             PolicyLayer(
                 AttentionLayer(self.policy, index, module.scaling, rotary, decoder=decoder),
                 self._batch,
             )
-            for index, (module, decoder) in enumerate(zip(modules, decoders, strict=True))
+            if window is None
+            else SlidingLayer(index, window, self._batch)
+            for index, (module, decoder, window) in enumerate(
+                zip(modules, decoders, windows, strict=True)
+            )
         ]
+        self._policy_layers = [layer for layer in layers if isinstance(layer, PolicyLayer)]
+        self._sliding_layers = [layer for layer in layers if isinstance(layer, SlidingLayer)]
         require_parameters_fit([layer.attention for layer in self._policy_layers], model)
-        super().__init__(layers=list(self._policy_layers))
+        super().__init__(layers=list(layers))
         install(model)
 
     def update(
@@ -88,12 +98,15 @@ class PolicyCache(Cache):
                 "so its policy would not run; make the PolicyCache after changing it"
             )
         if torch.compiler.is_compiling():
-            raise _refusal("torch.compile", "run the model uncompiled")
+            raise refusal("torch.compile", "run the model uncompiled")
         self._batch.require_turn(layer_idx)
         return super().update(key_states, value_states, layer_idx)
 
     def ledger(self, row: int = 0) -> Ledger:
         """What a row's request cost and lost, as counted in its storage.
+
+        Tokens are those of layers under the policy. Bytes held are those of all layers, and bytes
+        saved are against the policy ``full``, under which sliding layers hold as much.
 
         Raises:
             LedgerError: The tokens evicted are not what the occupancy law demands.
@@ -107,8 +120,9 @@ class PolicyCache(Cache):
         counts = [slots.evicted[row] for slots in layers]
         # One layer that disagrees is enough to fail the check below.
         evicted = max(counts, key=lambda n: abs(n - law.evicted(tokens)))
-        bytes_held = sum(slots.num_bytes for slots in layers) // rows
+        bytes_ruled = sum(slots.num_bytes for slots in layers) // rows
         bytes_full = tokens * sum(_bytes_per_token(slots) for slots in layers)
+        bytes_sliding = sum(layer.num_bytes for layer in self._sliding_layers) // rows
         seconds = sum(layer.attention.stopwatch.seconds for layer in self._policy_layers)
         return Ledger(
             policy=str(self.policy),
@@ -117,8 +131,8 @@ class PolicyCache(Cache):
             evicted=evicted,
             slots_held=tokens - evicted + law.state_slots,
             blocks_held=0,
-            bytes_held=bytes_held,
-            bytes_saved=bytes_full - bytes_held,
+            bytes_held=bytes_ruled + bytes_sliding,
+            bytes_saved=bytes_full - bytes_ruled,
             evictions=law.evictions(tokens),
             policy_seconds=seconds / rows,
             merged=self._merged(row, evicted),
@@ -137,9 +151,20 @@ class PolicyCache(Cache):
         return int(mean) if float(mean).is_integer() else mean
 
     def retained_positions(self, layer: int, row: int = 0) -> Tensor:
-        """Positions that a layer holds of a row, [H_kv, kept] int64, ascending."""
+        """Positions that a layer holds of a row, [H_kv, kept] int64, ascending.
+
+        Raises:
+            PolicyError: The layer slides and no policy rules it.
+        """
         self._batch.require_row(row)
-        slots = self._policy_layers[layer].slots
+        chosen = self.layers[layer]
+        if not isinstance(chosen, PolicyLayer):
+            ruled = [layer.attention.index for layer in self._policy_layers]
+            raise PolicyError(
+                f"layer {layer} attends to a sliding window, whatever the policy; the layers under "
+                f"it are {', '.join(map(str, ruled))}"
+            )
+        slots = chosen.slots
         if slots is None:
             return torch.empty(self._config.num_key_value_heads, 0, dtype=torch.int64)
         held = slots.tokens[row] - slots.evicted[row]
@@ -160,137 +185,11 @@ class PolicyCache(Cache):
 
     def activate_past_recording(self) -> None:
         """Refuse assisted generation, which takes tokens back."""
-        raise _refusal("assisted generation (rollback)", "generate without an assistant")
+        raise refusal("assisted generation (rollback)", "generate without an assistant")
 
     def early_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Refuse static shapes."""
-        raise _refusal("static shapes and export", "run the model uncompiled")
-
-
-class PolicyLayer(CacheLayerMixin):
-    """One layer's slots, for all rows.
-
-    Attributes:
-        attention: The attention layer and its policy.
-        slots: State of the rows; None before the first token.
-    """
-
-    is_compileable = False
-    is_croppable = False
-    is_sliding = False
-    supports_early_init = False
-
-    def __init__(self, attention: AttentionLayer, batch: Batch) -> None:
-        super().__init__()
-        self.attention = attention
-        self.slots: Slots | None = None
-        self._batch = batch
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Return the new keys and values, marked; `attend` stores them."""
-        return mark(key_states, self), value_states
-
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, positions: Tensor | None
-    ) -> Tensor:
-        """Append the tokens of q [B, H, Q, D] and return their attention output.
-
-        Args:
-            q: Queries.
-            k: [B, H_kv, Q, D] keys, rotated.
-            v: [B, H_kv, Q, D] values.
-            mask: None or [B, 1, Q, Q]; its diagonal is False (or negative) at padding.
-            positions: [B or 1, Q] at which the model rotated q and k; None if it does not say.
-
-        Returns:
-            [B, H, Q, D], zero at padding.
-        """
-        index = self.attention.index
-        chunk = self._batch.begin(index, (q.shape[0], q.shape[2]), mask)
-        try:
-            if self.attention.memory_policy is not None and positions is not None and index == 0:
-                self._batch.require_positions(positions)
-            # Storage outlives the caller's inference mode, and gradients cannot enter it.
-            with torch.inference_mode(False), torch.no_grad():
-                slots = self.slots
-                if slots is None:
-                    slots = self.attention.new_slots(q, k, v, chunk.prompts)
-                output = self._advance(slots, chunk, q, k, v)
-        except BaseException:
-            self._batch.fail(index)
-            raise
-        self.slots, self.is_initialized = slots, True
-        self._batch.finish(index)
-        return output
-
-    def _advance(self, slots: Slots, chunk: Chunk, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Feed the chunk to the core in pieces of rows that advance in lockstep.
-
-        Nothing is stored before every piece is decided.
-        """
-        if chunk.groups is None and q.shape[2] == 1:
-            return step(self.attention, slots, q[:, :, 0], k[:, :, 0], v[:, :, 0])[:, :, None]
-        if chunk.groups is None:
-            return extend(self.attention, slots, q, k, v)
-        output, laws = torch.zeros_like(q), slots.laws(self.attention.occupancy)
-        parts: list[Slots] = []
-        for group in chunk.groups:
-            rows = torch.tensor(group.rows, device=q.device)[:, None]
-            columns = torch.tensor(group.columns, device=q.device)
-            held = laws[group.rows[0]].held(slots.tokens[group.rows[0]])
-            parts.append(slots.rows(group.rows, held))
-            new = (x[rows, :, columns].transpose(1, 2) for x in (q, k, v))  # [rows, H, T, D]
-            output[rows, :, columns] = extend(self.attention, parts[-1], *new).transpose(1, 2)
-        for group, part in zip(chunk.groups, parts, strict=True):
-            slots.put_rows(group.rows, part, self.attention.occupancy)
-        return output
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Refuse storage before the first token."""
-        raise _refusal("early initialization", "let the first forward make the storage")
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Announce the new tokens only, behind everything seen."""
-        return query_length, self._batch.columns
-
-    def get_seq_length(self) -> int:
-        """Columns seen, evicted tokens and padding included."""
-        return self._batch.columns
-
-    def get_max_length(self) -> int:
-        """-1: transformers' word for any length."""
-        return -1
-
-    def reset(self) -> None:
-        """Free the storage."""
-        self.slots = None
-        self.is_initialized = False
-
-    def offload(self) -> None:
-        """Refuse offloading."""
-        raise _refusal("offloading", "keep the cache on the model's device")
-
-    def prefetch(self) -> None:
-        """Refuse offloading."""
-        raise _refusal("offloading", "keep the cache on the model's device")
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Refuse to take tokens back: what they evicted is gone."""
-        raise _refusal("crop (rollback)", "keep a copy.deepcopy of the cache to return to")
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Refuse beam search."""
-        raise _refusal("beam search (reorder_cache)", "use num_beams=1, greedy or sampling")
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Refuse to multiply rows."""
-        raise _refusal("batch_repeat_interleave", "repeat the prompts before the first forward")
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Refuse to select rows."""
-        raise _refusal("batch_select_indices", "use one PolicyCache per batch")
+        raise refusal("static shapes and export", "run the model uncompiled")
 
 
 def _refusal(what: str, instead: str) -> UnsupportedError:

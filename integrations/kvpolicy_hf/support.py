@@ -25,8 +25,15 @@ TESTED = {
     "mixtral": "MixtralAttention",
     "phi": "PhiAttention",
     "phi3": "Phi3Attention",
+    "gemma3_text": "Gemma3Attention",
 }
 """Model types that are tested against the oracle, and their attention modules."""
+
+HYBRIDS = ("gemma3_text", "qwen2", "qwen3")
+"""Model types of which some layers may attend to a sliding window; others ignore `layer_types`."""
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""transformers' words for kinds of layers."""
 
 MOVING_ROPE = ("dynamic", "longrope")
 """RoPE types whose frequencies depend on how long a forward is."""
@@ -42,6 +49,7 @@ def require_supported(model: PreTrainedModel, policy: CachePolicy) -> None:
     reason = (
         _unsupported_policy(policy)
         or _unsupported_config(model.config)
+        or _unsupported_hybrid(model.config, policy)
         or _unsupported_rope(model.config, policy)
         or _unsupported_modules(model)
         or _unsupported_setup(model)
@@ -58,10 +66,17 @@ def attention_modules(model: PreTrainedModel) -> list[Any]:
     return sorted(found, key=lambda module: module.layer_idx)
 
 
+def windows_of(config: PretrainedConfig) -> list[int | None]:
+    """Tokens that each layer attends to, the newest included; None: all."""
+    kinds = _get(config, "layer_types") or [FULL] * config.num_hidden_layers
+    return [config.sliding_window if kind == SLIDING else None for kind in kinds]
+
+
 def rotary_of(model: PreTrainedModel) -> Rotary:
-    """The rotation that the model applies to keys, in the frequencies that it holds."""
-    decoder: Any = model.get_decoder()
-    return Rotary(decoder.rotary_emb.inv_freq.detach().float().clone())
+    """The rotation of keys in layers with full attention, in the frequencies that they hold."""
+    embedding: Any = model.get_decoder().rotary_emb
+    name = "inv_freq" if hasattr(embedding, "inv_freq") else f"{FULL}_inv_freq"
+    return Rotary(getattr(embedding, name).detach().float().clone())
 
 
 def decoders_of(
@@ -75,9 +90,9 @@ def decoders_of(
 
 def require_parameters_fit(layers: Sequence[AttentionLayer], model: PreTrainedModel) -> None:
     """Raise PolicyError if parameters that a policy reads from a file are of another model."""
-    kv_heads = model.config.num_key_value_heads
-    for layer, module in zip(layers, attention_modules(model), strict=True):
-        policy = layer.memory_policy
+    kv_heads, modules = model.config.num_key_value_heads, attention_modules(model)
+    for layer in layers:
+        policy, module = layer.memory_policy, modules[layer.index]
         if policy is not None and not policy.needs_decoder:
             shape = Shape(
                 rows=1,
@@ -115,16 +130,32 @@ def _unsupported_config(config: PretrainedConfig) -> str | None:
     reasons = (
         (config.is_encoder_decoder, "encoder-decoder models keep two caches"),
         (bool(config.sub_configs), "multimodal models attend in more ways than one"),
-        (_is_hybrid(config), "it has layers of other types than full attention (hybrid)"),
+        (
+            _kinds(config) - {FULL, SLIDING},
+            f"it has layers of types {sorted(_kinds(config) - {FULL, SLIDING})}, which hold other "
+            "things than all keys or those of a window (hybrid)",
+        ),
         (_get(config, "kv_lora_rank"), "multi-head latent attention (MLA) caches no keys"),
         (_get(config, "attn_logit_softcapping"), "it caps attention logits (soft-capping)"),
         (
-            _get(config, "sliding_window"),
+            _kinds(config) == {SLIDING},
+            "every layer attends to a sliding window, which leaves a policy nothing to rule",
+        ),
+        (
+            _is_hybrid(config) and config.model_type not in HYBRIDS,
+            f"some of its layers attend to a sliding window, which is tested in models of type "
+            f"{', '.join(HYBRIDS)}",
+        ),
+        (
+            _get(config, "sliding_window") and not _is_hybrid(config),
             f"it has a sliding_window of {_get(config, 'sliding_window')} tokens, which is a "
             "retention rule of its own; if you want the policy instead, load the model with "
             "sliding_window=None",
         ),
-        (_get(config, "is_causal") is False, "its attention is not causal"),
+        (
+            _get(config, "is_causal") is False or _get(config, "use_bidirectional_attention"),
+            "its attention is not causal",
+        ),
     )
     for applies, reason in reasons:
         if applies:
@@ -134,10 +165,31 @@ def _unsupported_config(config: PretrainedConfig) -> str | None:
     return None
 
 
+def _unsupported_hybrid(config: PretrainedConfig, policy: CachePolicy) -> str | None:
+    """Say why the policy cannot rule some layers of the model only."""
+    if not _is_hybrid(config):
+        return None
+    if _is_reindexed(policy):
+        return (
+            "rope=reindex lets texts go on past the model's positions, and layers that attend to "
+            "a sliding window do not; use rope=keep"
+        )
+    if isinstance(policy, MemoryPolicy) and policy.has_memory:
+        return (
+            "memories are not tested beside layers that attend to a sliding window; use a policy "
+            "that only evicts"
+        )
+    return None
+
+
 def _unsupported_rope(config: PretrainedConfig, policy: CachePolicy) -> str | None:
     """Say why the model's positions cannot be honoured."""
     parameters = _get(config, "rope_parameters") or {}
-    rope_type = parameters.get("rope_type", "default")
+    # Gemma 3 has parameters of each kind of layers.
+    every = [parameters.get(kind) or parameters for kind in (FULL, SLIDING)]
+    rope_types = [each.get("rope_type", "default") for each in every]
+    parameters = every[0]  # keys are reindexed in layers with full attention only
+    rope_type = next((x for x in rope_types if x in MOVING_ROPE), rope_types[0])
     if rope_type in MOVING_ROPE:
         return (
             f"RoPE of type {rope_type!r} rotates cached keys by frequencies that change with the "
@@ -204,7 +256,11 @@ def _needs_decoder(policy: CachePolicy) -> bool:
 
 
 def _is_hybrid(config: PretrainedConfig) -> bool:
-    return set(_get(config, "layer_types") or ()) - {"full_attention"} != set()
+    return _kinds(config) == {FULL, SLIDING}
+
+
+def _kinds(config: PretrainedConfig) -> set[str]:
+    return set(_get(config, "layer_types") or [FULL])
 
 
 def _get(config: PretrainedConfig, name: str) -> Any:
@@ -212,4 +268,7 @@ def _get(config: PretrainedConfig, name: str) -> Any:
 
 
 def _use_tested() -> str:
-    return f"use a model of type {', '.join(TESTED)} with full attention in every layer"
+    return (
+        f"use a model of type {', '.join(TESTED)} with full attention in every layer, or of type "
+        f"{', '.join(HYBRIDS)} with a sliding window in some"
+    )

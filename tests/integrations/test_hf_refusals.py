@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from fixtures.caches import small_llama
+from fixtures.families import random_gemma3
 from fixtures.models import (
     SMALL_SHAPE,
     random_llama,
@@ -114,12 +115,20 @@ MODELS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "multimodal": (llava, "multimodal models attend in more ways than one"),
     "hybrid": (
-        lambda: AutoModelForCausalLM.from_config(Gemma3TextConfig(**TINY)),
-        "other types than full attention",
+        lambda: random_qwen3(**TINY, layer_types=["full_attention", "chunked_attention"]),
+        r"layers of types \['chunked_attention'\]",
     ),
-    "sliding layers": (
-        lambda: random_qwen3(**TINY, use_sliding_window=True, max_window_layers=1),
-        "other types than full attention",
+    "only sliding layers": (
+        lambda: AutoModelForCausalLM.from_config(Gemma3TextConfig(**TINY)),
+        "every layer attends to a sliding window",
+    ),
+    "sliding layers of another type": (
+        lambda: AutoModelForCausalLM.from_config(Gemma2Config(**TINY, attn_logit_softcapping=None)),
+        "tested in models of type gemma3_text, qwen2, qwen3",
+    ),
+    "bidirectional": (
+        lambda: random_gemma3(use_bidirectional_attention=True),
+        "its attention is not causal",
     ),
     "sliding window": (
         lambda: random_mistral(**TINY, sliding_window=4096),

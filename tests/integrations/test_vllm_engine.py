@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from transformers import Gemma2Config, Gemma2ForCausalLM
 from vllm import LLM
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
@@ -20,7 +21,7 @@ from fixtures.engines import (
     reference,
     start_engine,
 )
-from fixtures.models import random_mistral, random_prompt, save_model
+from fixtures.models import SMALL_SHAPE, random_mistral, random_prompt, save_model, seeded
 from kvpolicy_vllm.config import check_engine
 
 pytestmark = pytest.mark.vllm
@@ -195,6 +196,14 @@ def test_sliding_window_models_are_refused(tmp_path):
     """A model with its own retention rule is refused, saying which."""
     save_model(random_mistral(sliding_window=64), tmp_path)
     with pytest.raises(ValueError, match="sliding windows"):
+        start_engine(tmp_path, "window:budget=48")
+
+
+def test_soft_capping_models_are_refused(tmp_path):
+    """A model whose logits are capped, which policies' scores would not know, is refused."""
+    config = Gemma2Config(**SMALL_SHAPE, layer_types=["full_attention"] * 2, sliding_window=None)
+    save_model(seeded(Gemma2ForCausalLM(config)), tmp_path)
+    with pytest.raises(ValueError, match="soft-capping"):
         start_engine(tmp_path, "window:budget=48")
 
 

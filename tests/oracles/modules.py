@@ -71,8 +71,9 @@ class ModuleOracle(ClosedLoop):
 
 def oracle_of(model: Any, spec: str, prompt: int = 0) -> ClosedLoop:
     """The oracle that knows most of a model by itself."""
-    oracle = ModelOracle if model.config.model_type in FAMILIES else ModuleOracle
-    return oracle(model, spec, prompt=prompt)
+    slides = any(_window(model.config, i) for i in range(model.config.num_hidden_layers))
+    knows_all = model.config.model_type in FAMILIES and not slides
+    return (ModelOracle if knows_all else ModuleOracle)(model, spec, prompt=prompt)
 
 
 def _window(config: Any, layer: int) -> int | None:
