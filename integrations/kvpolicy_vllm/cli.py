@@ -13,7 +13,6 @@ from kvpolicy import PolicyError, parse
 from kvpolicy_vllm.admission import ALLOW_KEY, allowed_names
 from kvpolicy_vllm.capture import Capture
 from kvpolicy_vllm.config import CAPTURE_KEY, KEY, LOG_KEY, WORKER, check_capture
-from kvpolicy_vllm.frontend import announce
 
 
 def engine_settings(
@@ -36,7 +35,6 @@ def engine_settings(
         config[CAPTURE_KEY] = capture.as_dict()
     if log:
         config[LOG_KEY] = True
-    announce(policy, allowed=allowed, is_recorded=capture is not None)
     return {"additional_config": config, "worker_cls": WORKER}
 
 
@@ -89,7 +87,7 @@ class _MergedConfig(argparse._StoreAction):  # pyright: ignore[reportPrivateUsag
         kept = {key: given[key] for key in ours if key in given}
         merged = {**kept, **values}
         if KEY in kept and ALLOW_KEY in values:
-            # Requests are validated in this process, which has to know the list.
+            # A wrong list is bad usage, before an engine starts.
             merged |= _settings(parser, merged)["additional_config"]
         setattr(namespace, self.dest, merged)
 

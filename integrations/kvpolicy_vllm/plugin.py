@@ -42,7 +42,8 @@ def register() -> None:
     except UnsupportedError as error:
         init_logger(__name__).warning("%s", error)
         return
-    from kvpolicy_vllm import cli, dispatch
+    from kvpolicy_vllm import cli, dispatch, frontend
 
     dispatch.install()
     cli.install()
+    frontend.install()

@@ -5,9 +5,13 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import pytest
 
 from fixtures.servers import Server, serving
@@ -16,6 +20,10 @@ from kvpolicy.bundled import heldout_text
 from kvpolicy.cli import main
 from kvpolicy.cli.arguments import require_plugin
 from kvpolicy.cli.serve import served_model, split_model
+from soak.vitals import logged_requests
+
+CONNECTIONS = 8
+"""Clients of a server with two front ends, whose kernel or load decides who gets which."""
 
 
 def test_model_is_the_first_argument() -> None:
@@ -159,3 +167,30 @@ def test_requests_share_a_kept_prompt_over_http(tmp_path: Path) -> None:
         metrics = server.client.get("/metrics").text
         [hits] = re.findall(r"^vllm:prefix_cache_hits_total\{.*\} (\S+)$", metrics, re.MULTILINE)
         assert float(hits) == 2 * ((tokens - 1) // 32 * 32)
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_requests_bring_policies_to_several_front_ends(tmp_path: Path) -> None:
+    """Whichever of two processes a request reaches, it takes what the server allows, no more."""
+    arguments = ["--api-server-count", "2", "--kv-policy-allow", "h2o,window"]
+    arguments += ["--kv-policy-log", "--enable-log-requests"]
+    prompt, own = heldout_text()[:2000], "window:budget=64"
+    with (
+        serving("h2o:budget=96", *arguments, log=tmp_path / "log") as server,
+        ExitStack() as connections,
+    ):
+        # A connection stays with the process that took it, so each of these is held open.
+        for _ in range(CONNECTIONS):
+            client = httpx.Client(base_url=server.url, timeout=60, trust_env=False)
+            other = replace(server, client=connections.enter_context(client))
+            taken = other.complete(prompt, max_tokens=2, vllm_xargs={"kv_policy": own})
+            assert taken.status_code == 200, taken.text
+            refused = other.complete(prompt, vllm_xargs={"kv_policy": "tova:budget=64"})
+            assert refused.status_code == 400, refused.text
+            assert "takes h2o, window" in refused.json()["error"]["message"]
+        assert server.complete(prompt, max_tokens=1).status_code == 200
+        log = server.log.read_text("utf-8", "replace")
+    assert {*re.findall(r"ApiServer_(\d) .*Received request", log)} == {"0", "1"}
+    ran = Counter(entry.policy for entry in logged_requests(log).values())
+    assert ran[own] == CONNECTIONS

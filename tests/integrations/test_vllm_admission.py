@@ -5,6 +5,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 
 import kvpolicy
@@ -84,6 +85,7 @@ def test_the_flag_reaches_both_processes(arguments):
     add_flag(parser)
     parsed = parser.parse_args(arguments)
     assert parsed.additional_config == {"kv_policy": SERVER, "kv_policy_allow": ["tova", "h2o"]}
+    frontend.hear(SimpleNamespace(additional_config=parsed.additional_config))
     assert frontend.announced().allowed == ("tova", "h2o")
     assert str(frontend.announced().policy) == SERVER
 
@@ -104,11 +106,22 @@ def test_a_list_needs_a_policy():
         configured_policy(config)
 
 
-def test_a_list_that_only_the_worker_sees_is_checked_there(path):
-    """Without engine_args, an unknown name stops the engine when it starts."""
+def test_a_list_that_comes_without_engine_args_is_checked(path):
+    """An unknown name stops the engine when it is configured, before a process starts."""
     config = {"kv_policy": SERVER, "kv_policy_allow": ["nope"]}
-    with pytest.raises(ValueError, match="unknown policy 'nope'"):
-        start_engine(path, additional_config=config)
+    arguments = EngineArgs(model=str(path), additional_config=config)
+    with pytest.raises(kvpolicy.PolicyError, match="unknown policy 'nope'"):
+        arguments.create_engine_config()
+
+
+def test_whoever_configures_an_engine_hears_of_its_policy(path):
+    """A front end needs nothing but the configuration, which a stock one leaves alone."""
+    config = {"kv_policy": SERVER, "kv_policy_allow": ["window"]}
+    EngineArgs(model=str(path), additional_config=config).create_engine_config()
+    expected = frontend.Server(kvpolicy.parse(SERVER), ("window",), is_recorded=False)
+    assert frontend.announced() == expected
+    EngineArgs(model=str(path)).create_engine_config()
+    assert frontend.announced() == expected
 
 
 def test_allowed_policies_mix_in_one_batch(engine, model):

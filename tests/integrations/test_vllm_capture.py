@@ -498,6 +498,7 @@ def test_the_flag_records_in_any_order(tmp_path):
         settings = Capture.of(found.additional_config["kv_policy_capture"])
         assert settings == Capture(tmp_path, every=4)
         assert found.worker_cls == "kvpolicy_vllm.worker.PolicyWorker"
+        frontend.hear(found)
         assert frontend.announced().is_recorded
 
 

@@ -264,9 +264,10 @@ def test_the_directory_is_private_and_goes_with_its_front_end():
     """Only its owner may write there, a forked child leaves it alone, and nothing stays behind."""
     script = (
         "import os, stat\n"
-        "import kvpolicy_vllm\n"
-        "kvpolicy_vllm.engine_args('window:budget=8')\n"
-        "kvpolicy_vllm.engine_args('h2o:budget=8')\n"
+        "from kvpolicy import parse\n"
+        "from kvpolicy_vllm.frontend import announce\n"
+        "announce(parse('window:budget=8'))\n"
+        "announce(parse('h2o:budget=8'))\n"
         f"directory = os.environ['{OURS}']\n"
         "assert stat.S_IMODE(os.stat(directory).st_mode) == 0o700\n"
         "child = os.fork()\n"
