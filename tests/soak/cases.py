@@ -2,7 +2,9 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from kvpolicy import parse
 
 SERVER_POLICY = "h2o:budget=256"
 
@@ -13,10 +15,19 @@ REQUEST_POLICIES = (
     "sinks:budget=128",
     "tova:budget=64",
     "random:budget=200,seed=3",
+    "faulty_draw:budget=96,how=raise",
+    "faulty_draw:budget=64,how=nan,start=150",
+    "faulty_draw:budget=128,how=raise,start=60,where=1",
 )
-"""What requests bring; None leaves them to the server's."""
+"""What requests bring; None leaves them to the server's.
 
-ALLOWED = "h2o,window,sinks,tova,random"
+The last three fail: at the first eviction, later on, and in one layer.
+"""
+
+SAME_ALONE = {"faulty_draw:budget=96,how=raise": "window:budget=96"}
+"""Under what a case must answer the same alone, if not under its own policy."""
+
+ALLOWED = "h2o,window,sinks,tova,random,faulty_draw"
 
 SCORED = ("h2o", "tova")
 """Policies that decide by attention, so that rounding can change what they retain."""
@@ -55,6 +66,25 @@ class Case:
     def spec(self) -> str:
         """The policy that it runs under."""
         return self.policy or SERVER_POLICY
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that a server processes for it: the last one generated is never fed."""
+        return len(self.prompt) + self.max_tokens - 1
+
+    @property
+    def alone(self) -> "Case":
+        """What it is compared with when nothing else runs."""
+        return replace(self, policy=SAME_ALONE.get(self.spec, self.policy))
+
+    def fails(self, num_tokens: int) -> bool:
+        """Whether its policy fails within so many tokens: at its first eviction from `start` on."""
+        policy = parse(self.spec)
+        start = getattr(policy, "start", None)
+        if start is None:
+            return False
+        evictions = policy.occupancy.evictions
+        return evictions(num_tokens) > evictions(max(0, start - 1))
 
     @property
     def decides_by_attention(self) -> bool:

@@ -22,6 +22,7 @@ class Report:
         record: What the clients saw.
         figures: The server's own, when everything had ended.
         trends: Resident memory of its processes.
+        contained: Finished requests whose policy failed, by quarter of those that finished.
         verdict: How answers compared with solo runs.
         faults: What should not have happened.
     """
@@ -30,6 +31,7 @@ class Report:
     record: Record
     figures: dict[str, float]
     trends: list[Trend]
+    contained: list[int]
     verdict: Verdict
     faults: list[str] = field(default_factory=list)
 
@@ -43,6 +45,7 @@ class Report:
             "seconds_to_first_token": self._percentiles("first"),
             "seconds_to_end": self._percentiles("total"),
             "server": {k: v for k, v in self.figures.items() if k.startswith("kvpolicy_")},
+            "contained": {"requests": sum(self.contained), "by_quarter": self.contained},
             "memory": [asdict(trend) for trend in self.trends],
             "solo": asdict(self.verdict),
             "faults": self.faults,
@@ -89,6 +92,9 @@ class Report:
             f"against {solo.cases} solo runs: {solo.choices:,} choices, {solo.tokens:,} tokens; "
             f"log-probabilities within {solo.noise:.1e}; parted at a near-tie of two tokens "
             f"{solo.token_ties}, of an eviction {solo.set_ties}",
+            f"policies failed in {sum(self.contained):,} requests, by quarter of the soak "
+            f"{', '.join(map(str, self.contained))}; /metrics counts "
+            f"{self.figures['kvpolicy_contained_faults_total']:,.0f}",
             "",
             *(f"{k:40}{v:16,.0f}" for k, v in sorted(data["server"].items())),
             "",

@@ -17,7 +17,7 @@ from fixtures.engines import generate, start_engine
 from kvpolicy import bundled_model
 from oracles.dense import NEAR_TIE
 from oracles.llama import ModelOracle
-from soak.cases import SERVER_POLICY, Case
+from soak.cases import ALLOWED, SERVER_POLICY, Case
 from soak.clients import Answer
 
 NOISE = 1e-4
@@ -81,16 +81,20 @@ class Soloist:
         """
         verdict = Verdict()
         for answer in answers:
-            for tokens, logprobs in zip(answer.tokens, answer.logprobs, strict=True):
-                self._compare(answer, tokens, logprobs, verdict)
+            self.compare(answer, verdict)
         verdict.cases = len(self._answers)
         kvpolicy_vllm.ledger(self._engine)
         return verdict
 
+    def compare(self, answer: Answer, verdict: Verdict) -> None:
+        """Compare an answer, every choice by itself, with the solo run of its case."""
+        for tokens, logprobs in zip(answer.tokens, answer.logprobs, strict=True):
+            self._compare(answer, tokens, logprobs, verdict)
+
     def _compare(
         self, answer: Answer, tokens: list[int], logprobs: list[float], verdict: Verdict
     ) -> None:
-        case, solo = answer.case, self._solo(answer.case)
+        case, solo = answer.case.alone, self._solo(answer.case.alone)
         verdict.choices += 1
         verdict.tokens += len(tokens)
         if answer.is_whole and len(tokens) != case.max_tokens:
@@ -115,7 +119,7 @@ class Soloist:
             verdict.set_ties += 1
             return
         verdict.faults.append(
-            f"{answer.request_id} ({answer.manner}): {case}: token {place}: "
+            f"{answer.request_id} ({answer.manner}): {answer.case}: token {place}: "
             f"got {tokens[place]} at {logprobs[place]:.6f}, alone {solo.tokens[place]} at "
             f"{solo.logprobs[place]:.6f}, {solo.gaps[place]:.6f} above the second best"
         )
@@ -141,17 +145,21 @@ class Soloist:
         return start_engine(
             bundled_model(),
             SERVER_POLICY,
+            allow=ALLOWED,
             max_model_len=4096,
             max_num_batched_tokens=4096,
             max_num_seqs=1,
         )
 
     def _margin(self, case: Case, num_new: int) -> float:
-        """The oracle's closest eviction up to where a case's answers part."""
+        """The oracle's closest eviction before the forward in which a case's answers part.
+
+        The token that this forward begins with evicts only after its own attention.
+        """
         key = case, num_new
         if key not in self._margins:
             oracle = ModelOracle(self._model, case.spec)
-            for token in [*case.prompt, *self._solo(case).tokens[:num_new]]:
+            for token in [*case.prompt, *self._solo(case).tokens[:num_new]][:-1]:
                 oracle.feed(token)
             self._margins[key] = oracle.min_margin
         return self._margins[key]

@@ -10,6 +10,7 @@ import random
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from time import monotonic
 
@@ -17,21 +18,29 @@ import httpx
 import pytest
 from transformers import AutoTokenizer
 
-from fixtures.servers import Server, serving
-from kvpolicy import bundled_model, parse
+from fixtures.faults import FaultyDraw
+from fixtures.servers import Server, knowing, serving
+from kvpolicy import bundled_model, parse, registry
 from kvpolicy.bundled import heldout_text
 from soak.cases import ALLOWED, SERVER_POLICY, Catalogue
 from soak.clients import STALL_SECONDS, Load, Record
 from soak.report import Report
 from soak.solo import Soloist
-from soak.vitals import Logged, Memory, Trend, alarming_lines, logged_requests, scrape
+from soak.vitals import (
+    Logged,
+    Memory,
+    Trend,
+    alarming_lines,
+    failed_requests,
+    logged_requests,
+    scrape,
+)
 
 pytestmark = [pytest.mark.soak, pytest.mark.vllm]
 
 SETTINGS = [
     f"--kv-policy-allow={ALLOWED}",
     "--kv-policy-log",
-    "--kv-policy-allow=h2o,window,sinks,tova,random",
     "--block-size=32",
     "--num-gpu-blocks-override=41",  # a quarter of what 16 requests of 9 blocks would hold
     "--max-num-seqs=16",
@@ -55,16 +64,21 @@ MOST_SET_TIES = 0.02
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    """A server whose pool is so small that requests preempt each other."""
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A server whose pool is so small that requests preempt each other, and whose policies fail."""
+    monkeypatch.setitem(registry._registered, FaultyDraw.name, FaultyDraw)
+    environment = {**ENVIRONMENT, **knowing(tmp_path, FaultyDraw)}
     with serving(
-        SERVER_POLICY, *SETTINGS, log=tmp_path / "log", environment=ENVIRONMENT
+        SERVER_POLICY, *SETTINGS, log=tmp_path / "log", environment=environment
     ) as running:
         yield running
 
 
 def test_everything_holds_under_mixed_load(server: Server) -> None:
-    """Answers equal solo runs, all blocks return, memory is flat, counts agree, nobody starves."""
+    """Answers equal solo runs, all blocks return, memory is flat, counts agree, nobody starves.
+
+    Policies fail all the time, in requests that go on under a window, and nowhere else.
+    """
     chance = random.Random(int(os.environ.get("SOAK_SEED", "0")))
     tokenizer = AutoTokenizer.from_pretrained(bundled_model())
     catalogue = Catalogue.of(tokenizer(heldout_text()).input_ids, chance)
@@ -86,15 +100,18 @@ def test_everything_holds_under_mixed_load(server: Server) -> None:
     log = server.log.read_text("utf-8", "replace")
     assert server.stop() == 0
     trends = memory.trends()
+    logged = logged_requests(log)
+    contained = [sum(entry.is_contained for entry in part) for part in quarters(logged)]
     verdict = Soloist().judge(record.answers)
-    report = Report(seconds, record, figures, trends, verdict)
+    report = Report(seconds, record, figures, trends, contained, verdict)
     report.faults.extend(
         [
             *record.faults,
             *verdict.faults,
             *alarming_lines(log),
             *faults_of_pool(figures),
-            *faults_of_counts(record, figures, logged_requests(log)),
+            *faults_of_counts(record, figures, logged),
+            *faults_of_containment(record, contained, logged, failed_requests(log)),
             *faults_of_memory(trends),
         ]
     )
@@ -170,7 +187,7 @@ def faults_of_counts(
     num_whole = num_overtaken = 0
     for answer in record.answers:
         entries, policy = by_request.pop(answer.request_id, []), parse(answer.case.spec)
-        tokens = len(answer.case.prompt) + answer.case.max_tokens - 1  # the last is never fed
+        tokens = answer.case.num_tokens
         if answer.is_whole:
             num_whole += len(answer.tokens)
             is_right = [entry.tokens for entry in entries] == [tokens] * len(answer.tokens)
@@ -178,13 +195,19 @@ def faults_of_counts(
             num_overtaken += sum(entry.tokens == tokens for entry in entries)
             is_right = len(entries) <= 1
         evicted = policy.occupancy.evicted
-        is_lawful = all(e.policy == str(policy) and e.evicted == evicted(e.tokens) for e in entries)
+        is_lawful = all(
+            e.policy == str(policy)
+            and e.evicted == evicted(e.tokens)
+            and e.is_contained == answer.case.fails(e.tokens)
+            for e in entries
+        )
         if not (is_right and is_lawful):
             faults.append(f"{answer.request_id} ({answer.manner}): {answer.case}: log: {entries}")
     faults += [f"nobody asked for {name}: {entries}" for name, entries in by_request.items()]
     counts = {
         "kvpolicy_requests_finished_total": (len(logged), 0),
         "kvpolicy_evicted_tokens_total": (sum(entry.evicted for entry in logged.values()), 0),
+        "kvpolicy_contained_faults_total": (sum(e.is_contained for e in logged.values()), 0),
         "kvpolicy_logical_tokens_total": (sum(entry.tokens for entry in logged.values()), 0),
         "vllm:request_success_total": (num_whole, num_overtaken),
     }
@@ -193,6 +216,36 @@ def faults_of_counts(
         for name, (count, more) in counts.items()
         if not count <= figures[name] <= count + more
     ]
+
+
+def quarters(logged: dict[str, Logged]) -> list[list[Logged]]:
+    """Finished requests in four parts of nearly equal size, in the order of their end."""
+    entries = list(logged.values())
+    ends = [len(entries) * part // 4 for part in range(5)]
+    return [entries[first:last] for first, last in pairwise(ends)]
+
+
+def faults_of_containment(
+    record: Record, contained: list[int], logged: dict[str, Logged], failed: set[str]
+) -> list[str]:
+    """Failures that the log does not tell of, or tells of elsewhere, or that were long in coming.
+
+    Args:
+        record: What the clients asked for.
+        contained: How many requests' policies failed, by quarter.
+        logged: The server's finished requests.
+        failed: Those of whose failure it warned.
+    """
+    flagged = {name for name, entry in logged.items() if entry.is_contained}
+    cases = {answer.request_id: answer.case for answer in record.answers}
+    innocent = {
+        name for name in failed if not (case := cases[request_of(name)]).fails(case.num_tokens)
+    }
+    faults = [f"{name} is flagged, but no line tells why" for name in flagged - failed]
+    faults += [f"{name} failed under {cases[request_of(name)]}" for name in innocent]
+    if not all(contained):
+        faults.append(f"no policy failed in a quarter of the soak: {contained}")
+    return faults
 
 
 def request_of(name: str) -> str:

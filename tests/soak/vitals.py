@@ -12,7 +12,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 SAMPLE_SECONDS = 10.0
 
-_REQUEST = re.compile(r"kvpolicy: request=(\S+) policy=(\S+) tokens=(\d+) .*?evicted=(\S+) ")
+_REQUEST = re.compile(
+    r"kvpolicy: request=(\S+) policy=(\S+) tokens=(\d+) .*?evicted=(\S+) .* contained=(\d)"
+)
+
+_FAILURE = re.compile(r"kvpolicy: request (\S+) under \S+: .*; a window goes on there")
 
 
 @dataclass(frozen=True)
@@ -106,14 +110,20 @@ class Logged:
     policy: str
     tokens: int
     evicted: float
+    is_contained: bool
 
 
 def logged_requests(log: str) -> dict[str, Logged]:
-    """Finished requests by the server's name for them, choices apart."""
+    """Finished requests by the server's name for them, choices apart, in the order of their end."""
     return {
-        name: Logged(policy, int(tokens), float(evicted))
-        for name, policy, tokens, evicted in _REQUEST.findall(log)
+        name: Logged(policy, int(tokens), float(evicted), contained == "1")
+        for name, policy, tokens, evicted, contained in _REQUEST.findall(log)
     }
+
+
+def failed_requests(log: str) -> set[str]:
+    """Requests whose policies failed, in the same names; some may not have finished."""
+    return {*_FAILURE.findall(log)}
 
 
 def alarming_lines(log: str) -> list[str]:
