@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kvpolicy.errors import UnsupportedError
+from kvpolicy.errors import PolicyError, UnsupportedError
 from kvpolicy.policy import CachePolicy, EvictionPolicy, View
 
 
@@ -57,6 +57,29 @@ class Ranks:
             accumulated=None if view.accumulated is None else widen(next(means)[:, None]),
             kv_heads=torch.arange(total, device=view.positions.device)[None, :, None],
         )
+
+    def agree(self, decide: Callable[[], Tensor], device: torch.device) -> Tensor:
+        """Decide on every rank, or fail on all of them, so that none waits for another's retry.
+
+        Args:
+            decide: Makes the same decision everywhere.
+            device: Where the ranks exchange.
+
+        Raises:
+            PolicyError: It failed on another rank.
+            Exception: What was raised on this one.
+        """
+        decided, failure = None, None
+        try:
+            decided = decide()
+        except Exception as error:
+            failure = error
+        failed = self.gather(torch.tensor([float(failure is not None)], device=device))[:, 0]
+        if failure is not None:
+            raise failure
+        if decided is None or bool(failed.any()):
+            raise PolicyError(f"its ranks decide together, and it failed on {int(failed.argmax())}")
+        return decided
 
 
 ALONE = Ranks()

@@ -143,6 +143,8 @@ class Notes:
 @cache
 def _spy_class(cls: type[EvictionPolicy]) -> type[EvictionPolicy]:
     class Spy(cls):
+        __module__ = cls.__module__  # a stranger's stays one
+
         def score(self, view: View) -> Tensor:
             notes: Notes = self.__dict__["_notes"]
             if notes.calls == notes.fail_at:

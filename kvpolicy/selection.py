@@ -36,7 +36,14 @@ def select_victims(
     """
     if policy.scope_is_layer and ranks.count > 1:
         # Every rank makes the whole layer's decision, so that it is the decision of one process.
-        victims = select_victims(policy, ranks.whole_layer(view), surplus)
+        layer = ranks.whole_layer(view)
+
+        def decide() -> Tensor:
+            return select_victims(policy, layer, surplus)
+
+        # A stranger's may fail on one of them alone, from the same numbers.
+        is_safe = _is_ours(policy)
+        victims = decide() if is_safe else ranks.agree(decide, view.positions.device)
         return victims[:, : view.positions.shape[1]]
     candidates = view.valid & ~protected(policy, view)
     scores = policy.score(shown(policy, view))
@@ -67,10 +74,15 @@ def new_statistic(policy: EvictionPolicy, view: View) -> Tensor:
 
 def shown(policy: EvictionPolicy, view: View) -> View:
     """A view that the policy may write into: a stranger's gets tensors of its own."""
-    if type(policy).__module__.startswith("kvpolicy."):
+    if _is_ours(policy):
         return view
     tensors = {name: x.clone() for name, x in vars(view).items() if isinstance(x, Tensor)}
     return replace(view, **tensors)
+
+
+def _is_ours(policy: EvictionPolicy) -> bool:
+    """Whether a policy is one of the package's own."""
+    return type(policy).__module__.startswith("kvpolicy.")
 
 
 def check_scores(policy: EvictionPolicy, scores: Tensor, view: View, method: str = "score") -> None:

@@ -11,9 +11,9 @@ changed over, the layers before the failing one would have changed at the next t
 decodes, but only behind the scheduler's chunk when it is computed again after preemption.
 
 What cannot be contained here: KeyboardInterrupt and its like, a policy that never returns, and
-rows of one policy that look at each other. Heads spread over processes need no word between
-them: with ``scope=head`` each rank contains what fails on its heads, and with ``scope=layer`` all
-ranks make the same decision from the same numbers.
+rows of one policy that look at each other. Where heads are spread over processes, each rank
+contains what fails on its heads with ``scope=head``. With ``scope=layer`` a failure on one rank is
+one on all of them (`Ranks.agree`), so that they make the same attempts, and meet in each.
 """
 
 from collections.abc import Callable, Sequence

@@ -60,8 +60,8 @@ def _merge(ledgers: Sequence[dict[str, Any]], shares: Sequence[int]) -> dict[str
     """Join one request's ledgers of ranks that hold so many KV heads of all their layers."""
     added = {key: sum(ledger[key] for ledger in ledgers) for key in _ADDED}
     means = {key: _mean([ledger[key] for ledger in ledgers], shares) for key in _MEANS}
-    fault = next((ledger["fault"] for ledger in ledgers if ledger["fault"]), None)
-    return {**ledgers[0], **added, **means, "fault": fault}
+    faults = dict.fromkeys(ledger["fault"] for ledger in ledgers if ledger["fault"])
+    return {**ledgers[0], **added, **means, "fault": "; ".join(faults) or None}
 
 
 def _mean(values: Sequence[int | float], shares: Sequence[int]) -> int | float:

@@ -150,6 +150,42 @@ def test_ranks_exchange_once_per_eviction(spec: str, advance: Advance) -> None:
     assert spread.calls == [expected if is_layerwise else 0] * 2
 
 
+def test_strangers_exchange_whether_they_failed_as_well() -> None:
+    """Proves that only policies from outside the package cost a second exchange per eviction."""
+    policy = HeadBySquare(budget=7, interval=2, scope="layer")
+    evictions = sum(policy.occupancy.evictions(n) for n in CASE.lengths)
+    assert run_on(2, policy, CASE, by_chunks).calls == [2 * evictions] * 2
+
+
+@pytest.mark.parametrize("failing", [{1}, {0, 2}, {0, 1, 2}, set[int]()])
+def test_a_failure_of_one_rank_is_one_of_all(failing: set[int]) -> None:
+    """Proves that nobody goes on alone, and that each says what it knows of the failure."""
+    exchange = Exchange(3)
+
+    def run(rank: int) -> Tensor | Exception:
+        def decide() -> Tensor:
+            if rank in failing:
+                raise ValueError(f"only on {rank}")
+            return torch.tensor(rank)
+
+        try:
+            return exchange.of(rank).agree(decide, torch.device("cpu"))
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(run, range(3)))
+    assert exchange.calls == [1] * 3
+    for rank, result in enumerate(found):
+        if not failing:
+            assert result == rank
+        elif rank in failing:
+            assert str(result) == f"only on {rank}"
+        else:
+            assert isinstance(result, kvpolicy.PolicyError)
+            assert f"failed on {min(failing)}" in str(result)
+
+
 @pytest.mark.parametrize("gate", ["file", "calibrated"])
 def test_memories_of_ranks_use_their_own_heads(gate: str, tmp_path: Path) -> None:
     """Proves that trained gates are those of a rank's heads, and others need no exchange."""
