@@ -85,6 +85,7 @@ ENGINES = ("transformers", "vllm")
 _NO_ROLLBACK = "evicted tokens cannot be brought back"
 _NO_TEST = "no test compares it with transformers yet"
 _FIXED_ROWS = "rows of a cache are fixed"
+_POLICY_WORKER = "use engine_args(SPEC), or set worker_cls='kvpolicy_vllm.worker.PolicyWorker'"
 _ENGINE = "integrations/test_vllm_engine.py::"
 _PARITY = "integrations/test_vllm_parity.py::"
 _OPERATIONS = (
@@ -154,11 +155,32 @@ FEATURES = (
         vllm=Works("cli/test_serve.py::test_server_completes_under_policies_and_stops_cleanly"),
     ),
     Feature(
+        "several front ends",
+        vllm=Works(
+            "cli/test_serve.py::test_requests_bring_policies_to_several_processes",
+            "policies of requests included",
+        ),
+    ),
+    Feature(
         "tensor parallelism",
         vllm=Works(
             "integrations/test_vllm_parallel.py::"
             "test_a_batch_of_unequal_lengths_equals_transformers",
             "up to as many ranks as KV heads",
+        ),
+    ),
+    Feature(
+        "pipeline parallelism",
+        vllm=Works(
+            "integrations/test_vllm_parallel.py::"
+            "test_a_batch_of_unequal_lengths_equals_transformers",
+        ),
+    ),
+    Feature(
+        "LoRA adapters",
+        vllm=Works(
+            "integrations/test_vllm_lora.py::test_adapters_mix_in_one_batch",
+            "in one batch with requests that have none",
         ),
     ),
     Feature(
@@ -233,10 +255,6 @@ FEATURES = (
         ),
     ),
     Feature(
-        "pipeline parallelism",
-        vllm=Refused("vLLM's CPU runner fails in the second stage", "use --tensor-parallel-size"),
-    ),
-    Feature(
         "more ranks than KV heads",
         vllm=Refused(
             "several ranks would hold the same head",
@@ -252,16 +270,29 @@ FEATURES = (
         vllm=Refused("a request's slots would be spread", "set context parallel sizes to 1"),
     ),
     Feature(
-        "LoRA adapters",
+        "prompts as embeddings without PolicyWorker",
+        vllm=Refused("a prompt's length would not be known", _POLICY_WORKER),
+    ),
+    Feature(
+        "LoRA adapters without PolicyWorker",
         vllm=Refused(
-            "not tested yet", "merge the adapter into the model's weights, or drop --enable-lora"
+            "vLLM's CPU kernels give requests without an adapter that of others in their batch",
+            _POLICY_WORKER,
         ),
     ),
     Feature(
-        "prompts as embeddings without PolicyWorker",
+        "LoRA adapters in mixtures of experts",
         vllm=Refused(
-            "a prompt's length would not be known",
-            "use engine_args(SPEC), or set worker_cls='kvpolicy_vllm.worker.PolicyWorker'",
+            "not tested yet: vLLM applies adapters of experts elsewhere",
+            "merge the adapter into the model's weights, or drop --enable-lora",
+        ),
+    ),
+    Feature(
+        "pipeline parallelism without PolicyWorker",
+        vllm=Refused(
+            "vLLM's CPU worker makes no room for what the second stage receives, so that the first "
+            "request ends the engine, without a policy as well",
+            _POLICY_WORKER,
         ),
     ),
     Feature(

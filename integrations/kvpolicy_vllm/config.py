@@ -174,6 +174,11 @@ def _check_recorded(vllm_config: "VllmConfig", capture: Capture) -> None:
             f"{CAPTURE_KEY} records all layers and heads in one process, and here they are spread "
             f"over {parallel.world_size}; drop --tensor-parallel-size and --pipeline-parallel-size"
         )
+    if vllm_config.lora_config is not None:
+        raise UnsupportedError(
+            f"{CAPTURE_KEY} records what the model computes by itself, and a trace does not say "
+            "which adapter a request had; drop --enable-lora"
+        )
     for what, asked, count in (
         ("layers", capture.layers, model.get_num_layers(parallel)),
         ("kv_heads", capture.kv_heads, model.get_total_num_kv_heads()),
@@ -320,6 +325,7 @@ def features_in_use(vllm_config: "VllmConfig") -> dict[str, bool]:
 
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
     cache, events = vllm_config.cache_config, vllm_config.kv_events_config
+    is_ours, has_lora = _knows_requests(vllm_config), vllm_config.lora_config is not None
     return {
         "platforms other than vLLM's CPU": not current_platform.is_cpu(),
         "speculative decoding": vllm_config.speculative_config is not None,
@@ -328,7 +334,6 @@ def features_in_use(vllm_config: "VllmConfig") -> dict[str, bool]:
         "quantised KV caches": cache.cache_dtype not in PLAIN_DTYPES,
         "fast prefill of layers that share KV caches": cache.kv_sharing_fast_prefill,
         "sleep mode": model.enable_sleep_mode,
-        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "more ranks than KV heads": (
             parallel.tensor_parallel_size > model.get_total_num_kv_heads()
         ),
@@ -336,9 +341,12 @@ def features_in_use(vllm_config: "VllmConfig") -> dict[str, bool]:
         "context parallelism": (
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
         ),
-        "LoRA adapters": vllm_config.lora_config is not None,
-        "prompts as embeddings without PolicyWorker": (
-            model.enable_prompt_embeds and not _knows_requests(vllm_config)
+        "prompts as embeddings without PolicyWorker": model.enable_prompt_embeds and not is_ours,
+        "LoRA adapters without PolicyWorker": has_lora and not is_ours,
+        "LoRA adapters in mixtures of experts": vllm_config.lora_config is not None
+        and model.is_moe,
+        "pipeline parallelism without PolicyWorker": (
+            parallel.pipeline_parallel_size > 1 and not is_ours
         ),
         "multi-head latent attention": model.use_mla,
         "encoder-decoder models": model.is_encoder_decoder,

@@ -1,6 +1,7 @@
 """vLLM's CPU worker with a ledger: it knows requests by id and when they finish."""
 
 from collections.abc import Collection
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.worker.cpu_worker import CPUWorker
@@ -17,12 +18,30 @@ from kvpolicy_vllm.config import (
 from kvpolicy_vllm.dispatch import forget_choice
 from kvpolicy_vllm.engine import Engine
 from kvpolicy_vllm.header import header_of
+from kvpolicy_vllm.lora import adapters_apart
 from kvpolicy_vllm.metrics import Meter
 from kvpolicy_vllm.recorder import Recorder
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+
+def make_room_for_earlier_stages(runner: "GPUModelRunner") -> None:
+    """Make what a pipeline's later stage receives the earlier ones' numbers in.
+
+    vLLM makes it with the model's first forward for nobody, which its CPU worker leaves out where
+    the model is not compiled, so that the first request would end the engine.
+    """
+    from vllm.distributed import get_pp_group
+
+    if get_pp_group().is_first_rank or runner.intermediate_tensors is not None:
+        return
+    model: Any = runner.model
+    runner.intermediate_tensors = model.make_empty_intermediate_tensors(
+        batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device=runner.device
+    )
 
 
 class PolicyWorker(CPUWorker):
@@ -56,8 +75,11 @@ class PolicyWorker(CPUWorker):
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the model, and get ready to record what the configuration asks for."""
-        super().load_model(*args, **kwargs)
         engine, capture = Engine.find(self.vllm_config), configured_capture(self.vllm_config)
+        with nullcontext() if engine is None else adapters_apart():
+            super().load_model(*args, **kwargs)
+        if engine is not None:
+            make_room_for_earlier_stages(self.model_runner)
         if engine is not None and capture is not None:
             header = header_of(engine.policy, capture, self.vllm_config, self.model_runner.model)
             engine.recorder = Recorder(capture, header)

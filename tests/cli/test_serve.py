@@ -5,14 +5,16 @@ import json
 import re
 import subprocess
 import sys
-from collections import Counter
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from fixtures.servers import Server, serving
 from kvpolicy import UnsupportedError, bundled_model
@@ -20,10 +22,14 @@ from kvpolicy.bundled import heldout_text
 from kvpolicy.cli import main
 from kvpolicy.cli.arguments import require_plugin
 from kvpolicy.cli.serve import served_model, split_model
-from soak.vitals import logged_requests
 
 CONNECTIONS = 8
 """Clients of a server with two front ends, whose kernel or load decides who gets which."""
+
+SEVERAL = {
+    "front ends": ["--api-server-count", "2"],
+}
+"""Arguments of servers of several processes."""
 
 
 def test_model_is_the_first_argument() -> None:
@@ -171,26 +177,60 @@ def test_requests_share_a_kept_prompt_over_http(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.vllm
-def test_requests_bring_policies_to_several_front_ends(tmp_path: Path) -> None:
-    """Whichever of two processes a request reaches, it takes what the server allows, no more."""
-    arguments = ["--api-server-count", "2", "--kv-policy-allow", "h2o,window"]
-    arguments += ["--kv-policy-log", "--enable-log-requests"]
-    prompt, own = heldout_text()[:2000], "window:budget=64"
+@pytest.mark.parametrize("replicated", SEVERAL)
+def test_requests_bring_policies_to_several_processes(replicated: str, tmp_path: Path) -> None:
+    """Whichever front end or replica a request reaches, it takes what the server allows, no more.
+
+    Answers are those of transformers, and figures name the replica that gave them.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from fixtures.engines import reference
+
+    arguments = [*SEVERAL[replicated], "--kv-policy-allow", "h2o,window", "--enable-log-requests"]
+    model = AutoModelForCausalLM.from_pretrained(bundled_model(), dtype="float32")
+    prompt = AutoTokenizer.from_pretrained(bundled_model())(heldout_text()[:2000]).input_ids
+    server_policy, own = "window:budget=96", "window:budget=16"
+    expected = {spec: reference(model, spec, prompt, 16).tokens for spec in (server_policy, own)}
+    assert expected[server_policy] != expected[own]
     with (
-        serving("h2o:budget=96", *arguments, log=tmp_path / "log") as server,
+        serving(server_policy, *arguments, log=tmp_path / "log") as server,
         ExitStack() as connections,
     ):
+
+        def complete(**extra: Any) -> httpx.Response:
+            return other.complete(prompt, max_tokens=16, return_token_ids=True, **extra)
+
         # A connection stays with the process that took it, so each of these is held open.
         for _ in range(CONNECTIONS):
             client = httpx.Client(base_url=server.url, timeout=60, trust_env=False)
             other = replace(server, client=connections.enter_context(client))
-            taken = other.complete(prompt, max_tokens=2, vllm_xargs={"kv_policy": own})
-            assert taken.status_code == 200, taken.text
-            refused = other.complete(prompt, vllm_xargs={"kv_policy": "tova:budget=64"})
+            for spec, extra in {
+                server_policy: {},
+                own: {"vllm_xargs": {"kv_policy": own}},
+            }.items():
+                taken = complete(**extra)
+                assert taken.status_code == 200, taken.text
+                assert taken.json()["choices"][0]["token_ids"] == expected[spec]
+            refused = complete(vllm_xargs={"kv_policy": "tova:budget=64"})
             assert refused.status_code == 400, refused.text
             assert "takes h2o, window" in refused.json()["error"]["message"]
-        assert server.complete(prompt, max_tokens=1).status_code == 200
+        finished = wait_for_finished(server, 2 * CONNECTIONS)
         log = server.log.read_text("utf-8", "replace")
     assert {*re.findall(r"ApiServer_(\d) .*Received request", log)} == {"0", "1"}
-    ran = Counter(entry.policy for entry in logged_requests(log).values())
-    assert ran[own] == CONNECTIONS
+    assert {*finished} == ({"0", "1"} if replicated == "replicas" else {"0"})
+
+
+def wait_for_finished(server: Server, count: int) -> dict[str, float]:
+    """Requests that finished, by replica, once so many did."""
+    deadline, finished = time.monotonic() + 60, dict[str, float]()
+    while sum(finished.values()) != count:
+        assert time.monotonic() < deadline, f"{finished} of {count} requests finished"
+        families = text_string_to_metric_families(server.client.get("/metrics").text)
+        finished = {
+            sample.labels["engine"]: sample.value
+            for family in families
+            for sample in family.samples
+            if sample.name == "kvpolicy_requests_finished_total"
+        }
+    return finished

@@ -169,6 +169,14 @@ def test_spread_heads_refuse_what_needs_all_of_them(path, tmp_path):
         check_engine(config, kvpolicy.parse("full"))
 
 
+def test_captures_refuse_adapters(path, tmp_path):
+    """A trace is the model's own, so that nothing of an adapter is recorded in it."""
+    arguments = kvpolicy_vllm.engine_args("full", capture=tmp_path, enable_lora=True)
+    config = EngineArgs(model=str(path), **arguments).create_engine_config()
+    with pytest.raises(kvpolicy.UnsupportedError, match="which adapter a request had"):
+        check_engine(config, kvpolicy.parse("full"))
+
+
 def test_contexts_past_the_trained_length_need_a_word(path):
     """A context beyond the model's positions is refused unless the policy says how to go there."""
     config = EngineArgs(model=str(path), max_model_len=2048).create_engine_config()

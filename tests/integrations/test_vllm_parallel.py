@@ -1,4 +1,4 @@
-"""Engines whose heads are spread over processes compute what transformers computes."""
+"""Engines whose heads or layers are spread over processes compute what transformers computes."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -19,7 +19,10 @@ from fixtures.engines import (
     reference,
     start_engine,
 )
+from fixtures.faults import FaultyRank
 from fixtures.models import SHAPE, certified_prompts, random_prompt
+from fixtures.servers import knowing
+from kvpolicy import registry
 from kvpolicy.memory.policy import MemoryPolicy
 from kvpolicy_vllm.engine import Engine
 
@@ -30,6 +33,12 @@ NUM_LAYERS = 2
 LENGTHS = (9, 47, 83, 120)
 SERVER = "compressive:budget=96,memory=40,interval=24"
 """A policy whose allotment has room for all the others."""
+
+SPREAD: dict[str, dict[str, int]] = {
+    "heads": {"tensor_parallel_size": 2},
+    "layers": {"pipeline_parallel_size": 2},
+}
+"""What the two processes divide between them."""
 
 SPECS = (
     "window:budget=48",
@@ -63,20 +72,37 @@ def a_case(model: PreTrainedModel, spec: str, length: int) -> tuple[list[int], R
     return ids, reference(model, spec, ids, NUM_TOKENS)
 
 
-def started(path: Any, spec: str) -> Iterator[LLM]:
+def started(path: Any, spec: str, spread: str) -> Iterator[LLM]:
     """An engine of two worker processes, which end with the test."""
     with pytest.MonkeyPatch.context() as patch:
         # Two workers on one memory node have to be told their cores.
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-        llm = start_engine(path, spec, max_num_batched_tokens=64, tensor_parallel_size=2)
+        llm = start_engine(
+            path,
+            spec,
+            allow=[*kvpolicy.available()],
+            max_num_batched_tokens=64,
+            **SPREAD[spread],
+        )
     yield llm
     llm.llm_engine.engine_core.shutdown()
 
 
-@pytest.fixture(scope="module")
-def engine(path) -> Iterator[LLM]:
+@pytest.fixture(scope="module", autouse=True)
+def known(tmp_path_factory) -> Iterator[None]:
+    """Requests may name a policy that fails in one of two processes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(registry._registered, FaultyRank.name, FaultyRank)
+        folder = tmp_path_factory.mktemp("policies")
+        knowing(folder, FaultyRank)
+        patch.syspath_prepend(folder)  # which processes that are spawned here take over
+        yield
+
+
+@pytest.fixture(scope="module", params=SPREAD)
+def engine(request, path, known) -> Iterator[LLM]:
     """An engine whose requests bring their policies."""
-    yield from started(path, SERVER)
+    yield from started(path, SERVER, request.param)
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -130,11 +156,42 @@ def forget_faults(worker: Any) -> None:
     Engine.of(worker.vllm_config).book.faults.clear()
 
 
-def test_trained_gates_are_those_of_their_heads(path, model, tmp_path):
-    """Every process takes its heads' gates from the file."""
+@pytest.mark.parametrize("engine", ["heads"], indirect=True)
+@pytest.mark.parametrize("scope", ["layer", "head"])
+def test_what_fails_on_one_rank_is_contained(engine, model, cases, scope):
+    """With scope=layer on both, which neither wait nor part; with scope=head where it fails.
+
+    Neighbours that meet at evictions of their own notice nothing.
+    """
+    neighbours = {s: cases[s][index % len(LENGTHS)] for index, s in enumerate(SPECS[3:6])}
+    prompt = random_prompt(model, 90, seed=1)
+    failing = f"faulty_rank:budget=48,scope={scope}"
+    prompts, specs = [ids for ids, _ in neighbours.values()], [*neighbours]
+    output, *others = generate(engine, [prompt, *prompts], NUM_TOKENS, [failing, *specs])
+    for other, (_, expected) in zip(others, neighbours.values(), strict=True):
+        assert_equals_reference(engine, other, expected)
+    requests = kvpolicy_vllm.ledger(engine)["requests"]
+    assert "token 51, layer 0: ValueError: cannot rate here" in requests[output.request_id]["fault"]
+    assert not any(requests[other.request_id]["fault"] for other in others)
+    if scope == "layer":
+        expected = reference(model, "window:budget=48", prompt, NUM_TOKENS)
+        assert_equals_reference(engine, output, expected)
+        return
+    [output] = generate(engine, [prompt], 1, failing)
+    kept, window = (
+        reference(model, f"{name}:budget=48", prompt, 1).retained[0] for name in ("h2o", "window")
+    )
+    found = kvpolicy_vllm.retained_positions(engine, output.request_id, 0)
+    assert torch.equal(found, torch.stack([kept[0], window[1]]))
+    assert not torch.equal(kept[1], window[1])
+
+
+@pytest.mark.parametrize("spread", SPREAD)
+def test_trained_gates_are_those_of_their_heads(path, model, tmp_path, spread):
+    """Every process takes its layers' and heads' gates from the file."""
     save_file({"beta": torch.randn(2, 4)}, tmp_path / "gates.safetensors")
     spec = f"infini:segment=24,gate={tmp_path / 'gates.safetensors'}"
     prompts = [random_prompt(model, length, seed=length) for length in LENGTHS]
-    for llm in started(path, spec):
+    for llm in started(path, spec, spread):
         for ids, output in zip(prompts, generate(llm, prompts, NUM_TOKENS), strict=True):
             assert_equals_reference(llm, output, reference(model, spec, ids, NUM_TOKENS))

@@ -29,10 +29,10 @@ ARGUMENTS: dict[str, list[dict[str, Any]]] = {
     ],
     "KV events": [{"kv_events_config": {"enable_kv_cache_events": True, "publisher": "null"}}],
     "quantised KV caches": [{"kv_cache_dtype": "fp8"}],
-    "pipeline parallelism": [{"pipeline_parallel_size": 2}],
     "more ranks than KV heads": [{"tensor_parallel_size": 4}],
-    "LoRA adapters": [{"enable_lora": True}],
     "prompts as embeddings without PolicyWorker": [{"enable_prompt_embeds": True}],
+    "LoRA adapters without PolicyWorker": [{"enable_lora": True}],
+    "pipeline parallelism without PolicyWorker": [{"pipeline_parallel_size": 2}],
     "pooling models": [{"runner": "pooling"}],
 }
 """Arguments of an engine that use a feature."""
@@ -44,7 +44,6 @@ SETTINGS: dict[str, tuple[str, str, Any]] = {
         True,
     ),
     "sleep mode": ("model_config", "enable_sleep_mode", True),
-    "data parallelism": ("parallel_config", "data_parallel_size", 2),
     "context parallelism": ("parallel_config", "decode_context_parallel_size", 2),
     "multi-head latent attention": ("model_config", "use_mla", True),
     "encoder-decoder models": ("model_config", "is_encoder_decoder", True),
@@ -55,9 +54,14 @@ SETTINGS: dict[str, tuple[str, str, Any]] = {
 }
 """What a configuration says of a feature that other models, ranks or platforms bring."""
 
+MIXTURE = ("model_config", "is_moe", True)
+OURS = {"worker_cls": "kvpolicy_vllm.worker.PolicyWorker"}
+
 CASES = [
     *((name, each, None) for name, rows in ARGUMENTS.items() for each in rows),
     *((name, {}, setting) for name, setting in SETTINGS.items()),
+    ("data parallelism", {"data_parallel_size": 2}, None),
+    ("LoRA adapters in mixtures of experts", {"enable_lora": True, **OURS}, MIXTURE),
 ]
 
 
@@ -117,7 +121,7 @@ def test_the_table_and_the_engine_refuse_the_same(config):
         row.name for row in FEATURES if isinstance(row.vllm, Refused) and here in row.vllm.proof
     }
     assert rows == set(features_in_use(config))
-    assert rows == {*ARGUMENTS, *SETTINGS, "platforms other than vLLM's CPU"}
+    assert rows == {*(name for name, *_ in CASES), "platforms other than vLLM's CPU"}
     assert not any(features_in_use(config).values())
     check_engine(config, POLICY)
 
