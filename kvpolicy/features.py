@@ -83,11 +83,12 @@ ENGINES = ("transformers", "vllm")
 """Hosts that generate; a replay has none of these features to offer."""
 
 _NO_ROLLBACK = "evicted tokens cannot be brought back"
-_NO_TEST = "no test compares it with transformers yet"
 _FIXED_ROWS = "rows of a cache are fixed"
 _POLICY_WORKER = "use engine_args(SPEC), or set worker_cls='kvpolicy_vllm.worker.PolicyWorker'"
 _ENGINE = "integrations/test_vllm_engine.py::"
 _PARITY = "integrations/test_vllm_parity.py::"
+_BESIDE = "integrations/test_vllm_features.py::"
+_PROMPTS = "integrations/test_vllm_prompts.py::"
 _OPERATIONS = (
     "integrations/test_hf_refusals.py::test_cache_operations_that_need_evicted_tokens_are_refused"
 )
@@ -118,7 +119,7 @@ FEATURES = (
     Feature(
         "prefix caching",
         vllm=Works(
-            "integrations/test_vllm_prompts.py::test_shared_blocks_stay_as_they_are",
+            f"{_PROMPTS}test_shared_blocks_stay_as_they_are",
             "under protect=prompt; otherwise nothing is found, for evictions rewrite blocks",
         ),
     ),
@@ -128,20 +129,84 @@ FEATURES = (
     ),
     Feature(
         "aborted requests",
-        vllm=Works("integrations/test_vllm_prompts.py::test_aborted_requests_leave_nothing_behind"),
+        vllm=Works(f"{_BESIDE}test_aborted_requests_leave_nothing_behind"),
+    ),
+    Feature(
+        "aborted requests whose prompts are set apart",
+        vllm=Works(f"{_PROMPTS}test_aborted_requests_leave_nothing_behind"),
     ),
     Feature(
         "chats of several turns",
         vllm=Works(
-            "integrations/test_vllm_prompts.py::test_a_second_turn_shares_the_first_turns_prompt",
-            "every turn is the whole conversation, of which protect=prompt shares blocks",
+            f"{_BESIDE}test_a_second_turn_reads_the_whole_conversation",
+            "every turn reads the whole conversation again",
         ),
     ),
-    Feature("several answers to a prompt (n > 1)", vllm=Untested(_NO_TEST)),
-    Feature("log-probabilities of answers and prompts", vllm=Untested(_NO_TEST)),
-    Feature("structured output", vllm=Untested(_NO_TEST)),
-    Feature("priority scheduling", vllm=Untested(_NO_TEST)),
-    Feature("streamed answers", vllm=Untested(_NO_TEST)),
+    Feature(
+        "chats of several turns under protect=prompt",
+        vllm=Works(
+            f"{_PROMPTS}test_a_second_turn_shares_the_first_turns_prompt",
+            "every turn is the whole conversation, whose first prompt's blocks are shared",
+        ),
+    ),
+    Feature(
+        "resetting the prefix cache",
+        vllm=Works(
+            f"{_PROMPTS}test_a_reset_prefix_cache_is_empty",
+            "with requests that run, which start again",
+        ),
+    ),
+    Feature(
+        "several answers to a prompt (n > 1)",
+        vllm=Works(
+            f"{_BESIDE}test_several_answers_to_a_prompt_are_so_many_requests",
+            "each holds blocks of its own and counts as a request",
+        ),
+    ),
+    Feature(
+        "log-probabilities of answers and prompts",
+        vllm=Works(
+            f"{_BESIDE}test_log_probabilities_equal_transformers",
+            "each token of a prompt sees what it would see if the prompt were streamed",
+        ),
+    ),
+    Feature(
+        "log-probabilities of prompts that are set apart",
+        vllm=Works(
+            f"{_PROMPTS}test_log_probabilities_of_prompts_are_those_of_a_full_cache",
+            "each token of such a prompt sees all before it",
+        ),
+    ),
+    Feature(
+        "structured output",
+        vllm=Works(
+            f"{_BESIDE}test_structured_output_is_the_best_that_the_grammar_allows",
+            "with xgrammar, which vLLM takes by itself",
+        ),
+    ),
+    Feature(
+        "biases and penalties",
+        vllm=Works(f"{_BESIDE}test_biases_and_penalties_change_logits_only"),
+    ),
+    Feature("stop strings and tokens", vllm=Works(f"{_BESIDE}test_stops_cut_the_answer")),
+    Feature(
+        "priority scheduling",
+        vllm=Works(f"{_BESIDE}test_an_urgent_request_takes_blocks_from_the_least_urgent"),
+    ),
+    Feature(
+        "streamed answers",
+        vllm=Works(f"{_BESIDE}test_streamed_answers_add_up", "over HTTP too: `make soak`"),
+    ),
+    Feature(
+        "prompts as embeddings",
+        vllm=Works(f"{_BESIDE}test_a_prompt_as_embeddings_is_that_prompt", "with PolicyWorker"),
+    ),
+    Feature(
+        "asynchronous scheduling",
+        vllm=Works(
+            f"{_BESIDE}test_steps_are_not_scheduled_ahead", "vLLM turns it off on its CPU platform"
+        ),
+    ),
     Feature(
         "several engines in a process",
         vllm=Works(f"{_ENGINE}test_stock_and_policies_share_a_process"),
@@ -208,7 +273,10 @@ FEATURES = (
     ),
     Feature(
         "beam search",
-        vllm=Untested(_NO_TEST),
+        vllm=Works(
+            f"{_BESIDE}test_beam_search_equals_transformers",
+            "under the server's policy; every beam is a prompt of its own at every step",
+        ),
         transformers=Refused(
             f"{_NO_ROLLBACK} and {_FIXED_ROWS}", "use num_beams=1, greedy or sampling", _GENERATIONS
         ),

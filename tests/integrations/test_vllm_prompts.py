@@ -21,6 +21,7 @@ from fixtures.engines import (
     start_engine,
 )
 from fixtures.models import random_prompt
+from fixtures.teacher import Teacher
 
 pytestmark = pytest.mark.vllm
 
@@ -258,6 +259,49 @@ def test_a_second_turn_shares_the_first_turns_prompt(engine, model):
     [again] = generate(engine, [second], NUM_TOKENS, spec)
     assert again.num_cached_tokens == 64
     assert_equals_reference(engine, again, reference(model, spec, second, NUM_TOKENS))
+
+
+def test_log_probabilities_of_prompts_are_those_of_a_full_cache(engine, cases, model, mode):
+    """A prompt that is set apart sees all of itself, also in chunks and once it is cached."""
+    for spec in SPECS[mode]:
+        ids, expected = cases.of(spec)[-1]
+        teacher = Teacher(model, spec)
+        teacher.feed(ids)
+        scores = teacher.scores[range(len(ids) - 1), ids[1:]]
+        for size in (2048, 32):
+            with chunks_of(engine, size):
+                [output] = generate(engine, [ids], NUM_TOKENS, spec, prompt_logprobs=0)
+            assert_equals_reference(engine, output, expected)
+            entries = zip(ids[1:], output.prompt_logprobs[1:], strict=True)
+            found = torch.tensor([entry[token].logprob for token, entry in entries])
+            torch.testing.assert_close(found, scores, rtol=0, atol=1e-4)
+
+
+@keep_only
+def test_a_reset_prefix_cache_is_empty(engine, cases):
+    """Nothing is found after it, and requests that it stops in between start again."""
+    spec = SPECS["keep"][2]
+    ids, expected = cases.of(spec)[-1]
+    generate(engine, [ids], NUM_TOKENS, spec)
+    assert engine.reset_prefix_cache()
+    core = engine.llm_engine
+    parameters = SamplingParams(
+        temperature=0.0,
+        max_tokens=NUM_TOKENS,
+        ignore_eos=True,
+        detokenize=False,
+        extra_args={"kv_policy": spec},
+    )
+    core.add_request("stopped", {"prompt_token_ids": ids}, parameters)
+    for _ in range(5):
+        core.step()
+    with preemptions(engine) as preempted:
+        assert engine.reset_prefix_cache(reset_running_requests=True)
+    assert preempted == [(len(ids), len(ids) + 4)]
+    finished = [each for _ in range(NUM_TOKENS) for each in core.step() if each.finished]
+    assert [output.request_id for output in finished] == ["stopped"]
+    assert finished[0].num_cached_tokens == 0
+    assert_equals_reference(engine, finished[0], expected)
 
 
 @pytest.mark.parametrize("mode", SERVERS)
