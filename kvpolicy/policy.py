@@ -10,6 +10,7 @@ Axes: B rows (requests), H_kv KV heads, S slots, D head dimension.
 
 import math
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -150,7 +151,7 @@ class CachePolicy:
     def __hash__(self) -> int:
         return hash((type(self), self._typed_values))
 
-    @property
+    @cached_property  # hosts look policies up for every row of every step
     def _typed_values(self) -> tuple[Any, ...]:
         return tuple(typed(getattr(self, item.name)) for item in _fields(type(self)))
 
@@ -177,6 +178,9 @@ class EvictionPolicy(CachePolicy):
             its tokens stay beside the budget, which counts the tokens behind them.
         rope: ``keep`` leaves keys at their original rotation, ``reindex`` attends at cache
             ranks (StreamingLLM); only where `reindexable`.
+
+    Classes that keep nothing but their first and their newest tokens set `reindexable`; hosts may
+    ask them about one layer and evict the same tokens in all.
 
     Classes whose evictions follow blocks or groups of tokens set `sets_prompts_apart` to False:
     they refuse ``prefill=bulk`` and ``protect=prompt``.
