@@ -15,6 +15,9 @@ import llvmlite.binding.ffi
 import numba
 import numpy as np
 
+from kvpolicy_vllm.pages import Runs
+from kvpolicy_vllm.prefetch import prefetch
+
 # Infinite and missing numbers stay what they are; sums may run in vector registers.
 _FAST = {"nsz", "arcp", "contract", "reassoc"}
 
@@ -29,7 +32,10 @@ POOLS = {"mean": 0, "max": 1, "sum": 2}
 _MEAN, _MAX = POOLS["mean"], POOLS["max"]
 
 _LANES = 16
-"""Numbers compared side by side."""
+"""Numbers of a cache line, compared side by side."""
+
+_AHEAD = 2
+"""How many runs before they are read keys are asked for."""
 
 _LOG2_E = np.float32(1.44269504)
 _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
@@ -49,44 +55,60 @@ _C3, _C4, _C5 = (
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
-def pooled_rows(memory, starts, visible, query, pooled, pool):  # noqa: ANN001, ANN201
+def pooled_rows(memory, runs, blocks, visible, query, pooled, pool):  # noqa: ANN001, ANN201
     """Softmax rows of one query per row and query head, reduced to KV heads.
 
     Args:
         memory: [X] float32, all pages as they lie in memory.
-        starts: [R, H_kv, n] int64 index in `memory` of every block's keys, [D, P].
+        runs: `Runs` of the keys, [D, P].
+        blocks: [R, n] int64.
         visible: [R] int64 slots that a row's query attends to.
         query: [R, H_kv, G, D] float32, scaled.
         pooled: [R, H_kv, S] float32, written; zero for what is not visible.
         pool: One of `POOLS`.
     """
-    rows, kv_heads, num_blocks = starts.shape
-    group = query.shape[2]
-    size = pooled.shape[2] // num_blocks
-    logits = np.empty((group, num_blocks * size), np.float32)
-    powers = np.empty(num_blocks * size, np.int32)
+    rows, kv_heads, group, _ = query.shape
+    size = pooled.shape[2] // blocks.shape[1]
+    logits = np.empty((kv_heads, group, pooled.shape[2]), np.float32)
+    powers = np.empty(pooled.shape[2], np.int32)
     products = np.empty((group, size), np.float32)
     for row in range(rows):
         seen = visible[row]
+        count = -(-seen // size) * kv_heads
+        for run in range(count):  # in the order in which they lie in a page
+            block, head = divmod(run, kv_heads)
+            start = _start(runs, blocks[row, block], head)
+            block_ahead, head_ahead = divmod(min(run + _AHEAD, count - 1), kv_heads)
+            ahead = _start(runs, blocks[row, block_ahead], head_ahead)
+            _multiply(memory, start, ahead, query[row, head], products)
+            logits[head, :, block * size : (block + 1) * size] = products
         for head in range(kv_heads):
-            for block in range(-(-seen // size)):
-                _multiply(memory, starts[row, head, block], query[row, head], products)
-                logits[:, block * size : (block + 1) * size] = products
             reduced = pooled[row, head]
             reduced[:] = 0
             for member in range(group):
-                total = _exponentiate(logits[member], powers, seen)
-                _reduce(logits[member], reduced, seen, total, group, pool)
+                total = _exponentiate(logits[head, member], powers, seen)
+                _reduce(logits[head, member], reduced, seen, total, group, pool)
+
+
+@numba.njit(nogil=True, cache=True)
+def _start(runs, block, head):  # noqa: ANN001, ANN202
+    """Index in memory at which the run of a block and head begins."""
+    return runs.first + block * runs.page + head * runs.head
 
 
 @numba.njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
-def _multiply(memory, start, query, products):  # noqa: ANN001, ANN202
-    """Products [G, P] of queries [G, D] with one block's keys; four rows of keys at once."""
+def _multiply(memory, start, ahead, query, products):  # noqa: ANN001, ANN202
+    """Products [G, P] of queries [G, D] with one run's keys; four rows of keys at once.
+
+    Meanwhile the keys of the run `ahead` are fetched.
+    """
     group, dim = query.shape
     size = products.shape[1]
     products[:] = 0
     for d in range(0, dim, 4):
         at = start + d * size
+        for line in range(d * size, (d + 4) * size, _LANES):
+            prefetch(memory, ahead + line)  # pyright: ignore[reportCallIssue]: numba's typing context is not given
         first, second = memory[at : at + size], memory[at + size : at + 2 * size]
         third, fourth = memory[at + 2 * size : at + 3 * size], memory[at + 3 * size : at + 4 * size]
         for member in range(group):
@@ -153,36 +175,39 @@ def _reduce(row, reduced, count, total, group, pool):  # noqa: ANN001, ANN202
 
 
 @numba.njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
-def fold_rows(memory, starts, visible, pooled, decay, is_relative):  # noqa: ANN001, ANN201
+def fold_rows(memory, runs, blocks, visible, pooled, fading, gain):  # noqa: ANN001, ANN201
     """Fold pooled rows into the statistic kept with the slots.
 
     Args:
         memory: [X] float32, all pages as they lie in memory.
-        starts: [R, H_kv, n] int64 index in `memory` of every block's statistic, [P].
+        runs: `Runs` of the statistic, [P].
+        blocks: [R, n] int64.
         visible: [R] int64.
         pooled: [R, H_kv, S] float32, any strides.
-        decay: Factor on what is there.
-        is_relative: Whether a weight counts in multiples of 1 / visible.
+        fading: [R] float32 factor on what is there; with 0 the statistic starts over.
+        gain: [R] float32 factor on the weights.
     """
-    rows, kv_heads, num_blocks = starts.shape
-    size = pooled.shape[2] // num_blocks
+    rows, kv_heads, num_slots = pooled.shape
+    size = num_slots // blocks.shape[1]
     for row in range(rows):
-        unit = np.float32(visible[row]) if is_relative else _ONE
-        for head in range(kv_heads):
-            for block in range(-(-visible[row] // size)):
-                first = block * size
-                count = min(size, visible[row] - first)
-                start = starts[row, head, block]
+        for block in range(-(-visible[row] // size)):
+            first = block * size
+            count = min(size, visible[row] - first)
+            for head in range(kv_heads):
+                start = _start(runs, blocks[row, block], head)
                 kept = memory[start : start + count]
+                if fading[row] == 0:  # whatever is there, numbers or not
+                    kept[:] = 0
                 fresh = pooled[row, head, first : first + count]
                 for slot in range(count):
-                    kept[slot] = kept[slot] * np.float32(decay) + fresh[slot] * unit
+                    kept[slot] = kept[slot] * fading[row] + fresh[slot] * gain[row]
 
 
 def prepare() -> None:
     """Compile what this module computes, or load what an earlier run compiled."""
     memory, numbers = np.zeros(16, np.float32), np.zeros((1, 1, 1), np.float32)
-    starts, visible = np.zeros((1, 1, 1), np.int64), np.ones(1, np.int64)
+    runs, blocks, visible = Runs(0, 0, 0), np.zeros((1, 1), np.int64), np.ones(1, np.int64)
     query = np.zeros((1, 1, 1, 4), np.float32)
-    pooled_rows(memory, starts, visible, query, numbers, _MEAN)
-    fold_rows(memory, starts, visible, numbers, 1.0, False)
+    pooled_rows(memory, runs, blocks, visible, query, numbers, _MEAN)
+    ones = np.ones(1, np.float32)
+    fold_rows(memory, runs, blocks, visible, numbers, ones, ones)

@@ -38,9 +38,11 @@ from kvpolicy_vllm.kernel import Kernel
 from kvpolicy_vllm.memory import PagedMemory, rehearse
 from kvpolicy_vllm.metadata import RetentionMetadata
 from kvpolicy_vllm.pages import Pages
-from kvpolicy_vllm.plan import NULL_BLOCK, Decision, InPlace, Recollection, Row, Walk, make_plan
+from kvpolicy_vllm.parts import Decision, InPlace, Recollection, Walk
+from kvpolicy_vllm.plan import NULL_BLOCK, make_plan
 from kvpolicy_vllm.ranks import tensor_ranks
 from kvpolicy_vllm.recollection import recollect
+from kvpolicy_vllm.rows import Row
 from kvpolicy_vllm.spec import RetentionSpec
 
 if TYPE_CHECKING:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from kvpolicy import CachePolicy, View
     from kvpolicy.memory.state import Attended, Memory, Question
-    from kvpolicy_vllm.plan import Row
+    from kvpolicy_vllm.rows import Row
 
 _MAX_POLICIES = 256
 

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     from kvpolicy_vllm.metrics import Meter
-    from kvpolicy_vllm.plan import Row
     from kvpolicy_vllm.recorder import Recorder
     from kvpolicy_vllm.recording import RecordedRow
+    from kvpolicy_vllm.rows import Row
 
 logger = init_logger(__name__)
 

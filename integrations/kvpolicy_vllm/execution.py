@@ -20,8 +20,9 @@ from kvpolicy_vllm import attention_rows
 from kvpolicy_vllm.attention_rows import POOLS
 from kvpolicy_vllm.kernel import Kernel
 from kvpolicy_vllm.memory import PagedMemory
-from kvpolicy_vllm.pages import Cells, Pages, put_rows, rows_of
-from kvpolicy_vllm.plan import MAX_READ, Decision, InPlace, Placement, Row, Walk
+from kvpolicy_vllm.pages import Moves, Pages, fill_holes, put_rows, rows_of
+from kvpolicy_vllm.parts import Decision, Eviction, InPlace, Placement, Walk
+from kvpolicy_vllm.rows import Row
 
 _MAX_LOGITS = 1 << 22
 """Query-key products held at once while attention is recorded."""
@@ -84,30 +85,24 @@ def decide(decision: Decision, layer: AttentionLayer, pages: Pages, query: Tenso
         query: [T, H, D] of the whole batch.
     """
     begin = perf_counter()
-    weights = accumulated = None
-    if layer.needs_weights:
-        weights = _weights(decision, layer, pages, query)
-        if layer.accumulates and (decision.due or decision.policy.accumulation.window):
-            accumulated = _folded(decision, layer, pages, weights)
-        elif layer.accumulates:  # the policy is not asked, so that nothing can fail
-            _fold_in_place(decision, pages, weights)
-    victims = [
-        (due, _victims(decision, due, layer, pages, weights, accumulated))
-        for due in _parts(decision)
-    ]
-    if accumulated is not None:
-        put_rows(pages.accumulated, decision.written, accumulated)
-    for due, chosen in victims:
-        _evict(decision, due, pages, chosen)
+    weights = _weights(decision, layer, pages, query) if layer.needs_weights else None
+    moves = [_moves(each, layer, pages, weights) for each in decision.evictions]
+    if weights is not None and layer.accumulates:
+        _fold_in_place(decision, pages, weights)
+    for eviction, chosen in zip(decision.evictions, moves, strict=True):
+        pages.move(chosen)
+        for row, dropped in zip(eviction.rows, chosen.dropped, strict=True):
+            row.account.evicted_cells += dropped
     post_time(decision.rows, perf_counter() - begin)
 
 
 def _weights(decision: Decision, layer: AttentionLayer, pages: Pages, query: Tensor) -> Tensor:
     """Pooled attention rows of the newest tokens: [R, H_kv, S] float32."""
-    newest = query[decision.last_tokens]
+    policy, newest = decision.policy, query[decision.last_tokens]
     if pages.has_plain_keys:
         rows = _rows_in_place(decision, layer, pages, newest)
-        return layer.pool(rows[:, :, None, None])[:, :, 0]
+        # A head's group is reduced already; other heads are only of interest to scope=layer.
+        return layer.pool(rows[:, :, None, None])[:, :, 0] if policy.scope_is_layer else rows
     logits = newest_logits(newest, decision.blocks, pages, layer.scale)
     slots = torch.arange(logits.shape[-1])
     hidden = (slots >= decision.visible[:, None])[:, None, None]
@@ -127,7 +122,8 @@ def _rows_in_place(
     rows = torch.empty(len(query), kv_heads, decision.blocks.shape[1] * pages.block_size)
     attention_rows.pooled_rows(
         pages.memory.numpy(),
-        pages.key_starts(decision.blocks).numpy(),
+        pages.key_runs,
+        decision.blocks.numpy(),
         decision.visible.numpy(),
         (query * layer.scale).unflatten(1, (kv_heads, -1)).numpy(),
         rows.numpy(),
@@ -162,92 +158,69 @@ def newest_logits(
 
 def _fold_in_place(decision: Decision, pages: Pages, weights: Tensor) -> None:
     """Fold the newest tokens' rows into the statistic where it lies."""
-    rule = decision.policy.accumulation
     attention_rows.fold_rows(
         pages.memory.numpy(),
-        pages.statistic_starts(decision.written).numpy(),
+        pages.statistic_runs,
+        decision.written.numpy(),
         decision.visible.numpy(),
         weights.contiguous().numpy(),
-        rule.decay,
-        rule.relative,
+        decision.fading.numpy(),
+        decision.gain.numpy(),
     )
 
 
-def _folded(decision: Decision, layer: AttentionLayer, pages: Pages, weights: Tensor) -> Tensor:
-    """The statistic kept with the slots, with the newest tokens' rows; [R, H_kv, S]."""
-    before = rows_of(pages.accumulated, decision.blocks, weights.shape[-1])
-    ages = layer.window_ages(*zip(*((row.law, row.total) for row in decision.rows), strict=True))
-    ages = None if ages is None else ages.view(-1, 1, 1)
-    return layer.fold(before, weights[:, :, None], decision.visible.view(-1, 1, 1), ages)
-
-
-def _parts(decision: Decision) -> list[list[int]]:
-    """The rows that are due, no more at once than may have their keys or values copied."""
-    if not {"keys", "values"} & set(decision.policy.needs):
-        return decision.due
-    parts: list[list[int]] = []
-    for due in decision.due:
-        step = max(1, MAX_READ // decision.rows[due[0]].visible)
-        parts += [due[first : first + step] for first in range(0, len(due), step)]
-    return parts
+def _moves(
+    eviction: Eviction, layer: AttentionLayer, pages: Pages, weights: Tensor | None
+) -> Moves:
+    """Which slots of rows that are due take the places of those that go."""
+    if eviction.moves is not None:
+        return eviction.moves
+    victims = _victims(eviction, layer, pages, weights)
+    retained = eviction.capacity - eviction.surplus
+    moves = fill_holes(eviction.blocks, victims, retained, pages.block_size)
+    if layer.eviction is not None and layer.eviction.reindexable:
+        eviction.moves = moves
+    return moves
 
 
 def _victims(
-    decision: Decision,
-    indices: list[int],
-    layer: AttentionLayer,
-    pages: Pages,
-    weights: Tensor | None,
-    accumulated: Tensor | None,
+    eviction: Eviction, layer: AttentionLayer, pages: Pages, weights: Tensor | None
 ) -> Tensor:
-    """Victims among the slots of rows that show and drop equally many; [R', H_kv, S] bool."""
-    due, rows = torch.tensor(indices), [decision.rows[index] for index in indices]
-    blocks, capacity, surplus = decision.blocks[due], rows[0].visible, rows[0].surplus
-    needs = decision.policy.needs
+    """Victims among the slots of rows that are due; [R', H_kv, S'] bool.
+
+    Args:
+        eviction: The rows.
+        layer: The attention layer under their policy.
+        pages: The layer's pages.
+        weights: [R, H_kv, S] of all rows of the decision, if the policy needs any.
+    """
+    policy, blocks, capacity = layer.eviction, eviction.blocks, eviction.capacity
+    assert policy is not None, "decisions are made by policies that evict"
     positions = rows_of(pages.positions, blocks, capacity).long()
+    accumulated = None
+    if weights is not None:
+        weights = weights[eviction.index, :, :capacity]
+        accumulated = _folded(eviction, layer, pages, weights) if layer.accumulates else None
     view = layer.view(
         positions=positions,
         valid=torch.ones_like(positions, dtype=torch.bool),
-        n=decision.totals[due],
-        visible=decision.visible[due],
-        weights=None if weights is None else weights[due][..., :capacity],
-        accumulated=None if accumulated is None else accumulated[due][..., :capacity],
-        keys=pages.read_keys(blocks)[:, :, :capacity] if "keys" in needs else None,
-        values=pages.read_values(blocks)[:, :, :capacity] if "values" in needs else None,
-        prompts=[row.allotment.kept for row in rows],
+        n=eviction.totals,
+        visible=eviction.visible,
+        weights=weights,
+        accumulated=accumulated,
+        keys=pages.read_keys(blocks)[:, :, :capacity] if "keys" in policy.needs else None,
+        values=pages.read_values(blocks)[:, :, :capacity] if "values" in policy.needs else None,
+        prompts=eviction.prompts,
     )
-    return select_victims(decision.policy, view, surplus, layer.ranks)
+    return select_victims(policy, view, eviction.surplus, layer.ranks)
 
 
-def _evict(decision: Decision, indices: list[int], pages: Pages, victims: Tensor) -> None:
-    """Fill the holes that victims leave in rows that show and drop equally many slots."""
-    rows = [decision.rows[index] for index in indices]
-    blocks = decision.blocks[torch.tensor(indices)]
-    fill_holes(pages, blocks, victims, rows[0].visible - rows[0].surplus)
-    for row, dropped in zip(rows, victims.sum(dim=(1, 2)).tolist(), strict=True):
-        row.account.evicted_cells += dropped
-
-
-def fill_holes(pages: Pages, blocks: Tensor, victims: Tensor, retained: int) -> None:
-    """Move surviving slots at or above `retained` into the victims' slots below it.
-
-    Every head has as many survivors above as victims below, and both come in the same
-    order of rows and heads, so they pair up one to one.
-
-    Args:
-        pages: The layer's pages.
-        blocks: [R, n] blocks of the rows.
-        victims: [R, H_kv, S] bool, S - retained of them per row and head.
-        retained: Slots that stay occupied, [0, retained).
-    """
-    row, head, hole = victims[..., :retained].nonzero(as_tuple=True)
-    _, _, above = (~victims[..., retained:]).nonzero(as_tuple=True)
-    above = above + retained
-    size = pages.block_size
-    pages.move(
-        source=Cells(blocks[row, above // size], head, above % size),
-        target=Cells(blocks[row, hole // size], head, hole % size),
-    )
+def _folded(eviction: Eviction, layer: AttentionLayer, pages: Pages, weights: Tensor) -> Tensor:
+    """The statistic of rows that are due, with their newest tokens' weights [R', H_kv, S']."""
+    before = rows_of(pages.accumulated, eviction.blocks, weights.shape[-1])
+    ages = layer.window_ages(*zip(*((row.law, row.total) for row in eviction.rows), strict=True))
+    ages = None if ages is None else ages.view(-1, 1, 1)
+    return layer.fold(before, weights[:, :, None], eviction.visible.view(-1, 1, 1), ages)
 
 
 def walk(

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from kvpolicy_vllm.containment import fallback_of
-from kvpolicy_vllm.plan import Plan, Row
+from kvpolicy_vllm.plan import Plan
 from kvpolicy_vllm.recording import RecordedRow
+from kvpolicy_vllm.rows import Row
 
 
 @dataclass

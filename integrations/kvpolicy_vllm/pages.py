@@ -9,6 +9,7 @@ Axes: N blocks, P slots of a block, R rows, M moved or written cells, S slots of
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import gcd, prod
 from typing import NamedTuple
 
@@ -22,6 +23,28 @@ class Cells(NamedTuple):
     block: Tensor
     head: Tensor
     offset: Tensor
+
+
+class Moves(NamedTuple):
+    """Cells that are copied onto others, disjoint from them: the slots that an eviction moves.
+
+    Attributes:
+        source: [M] survivors.
+        target: [M] the places of slots that go.
+        dropped: Slots that go, over all KV heads, of each row.
+    """
+
+    source: Cells
+    target: Cells
+    dropped: list[int]
+
+
+class Runs(NamedTuple):
+    """Where a block's numbers of one head lie: `first` + block * `page` + head number * `head`."""
+
+    first: int
+    page: int
+    head: int
 
 
 class Scratch:
@@ -102,14 +125,16 @@ class Pages:
         """Whether the keys of a block and head are float32 numbers [D, P] in `memory`."""
         return self.packing == "vec" and self.runs.dtype == torch.float32
 
-    def key_starts(self, blocks: Tensor) -> Tensor:
-        """Where in `memory` the keys of blocks [R, n] begin, if plain: [R, H_kv, n]."""
-        return _starts(self.runs, blocks)
+    @cached_property
+    def key_runs(self) -> Runs:
+        """Where in `memory` keys lie, if plain."""
+        return Runs(0, self.runs.stride(0), self.runs.stride(1))
 
-    def statistic_starts(self, blocks: Tensor) -> Tensor:
-        """Where in `memory` the statistics of blocks [R, n] begin: [R, H_kv, n]."""
+    @cached_property
+    def statistic_runs(self) -> Runs:
+        """Where in `memory` statistics lie."""
         first = int(self.accumulated.storage_offset() - self.memory.storage_offset())
-        return _starts(self.accumulated, blocks) + first
+        return Runs(first, self.accumulated.stride(0), self.accumulated.stride(1))
 
     def read_keys_transposed(self, blocks: Tensor) -> Tensor:
         """Keys of whole blocks [R, n]: [R, H_kv, n, D, P]."""
@@ -222,8 +247,9 @@ class Pages:
         """
         self.state[block, :, :, offset] = fresh
 
-    def move(self, source: Cells, target: Cells) -> None:
-        """Copy cells with their policy state; sources and targets are disjoint."""
+    def move(self, moves: Moves) -> None:
+        """Copy cells with their policy state."""
+        source, target, _ = moves
         for cache, index in ((self.keys, self._key_index), (self.values, self._value_index)):
             cache[index(target)] = cache[index(source)]
         for state in (self.positions, self.accumulated):
@@ -240,6 +266,28 @@ class Pages:
         if self.packing == "vec":
             return block, head, offset
         return block, head, slice(None), offset // 2, slice(None), offset % 2
+
+
+def fill_holes(blocks: Tensor, victims: Tensor, retained: int, block_size: int) -> Moves:
+    """Move surviving slots at or above `retained` into the victims' slots below it.
+
+    Every head has as many survivors above as victims below, and both come in the same
+    order of rows and heads, so they pair up one to one.
+
+    Args:
+        blocks: [R, n] blocks of the rows.
+        victims: [R, H_kv, S] bool, S - retained of them per row and head.
+        retained: Slots that stay occupied, [0, retained).
+        block_size: P.
+    """
+    row, head, hole = victims[..., :retained].nonzero(as_tuple=True)
+    _, _, above = (~victims[..., retained:]).nonzero(as_tuple=True)
+    above = above + retained
+    return Moves(
+        source=Cells(blocks[row, above // block_size], head, above % block_size),
+        target=Cells(blocks[row, hole // block_size], head, hole % block_size),
+        dropped=victims.sum(dim=(1, 2)).tolist(),
+    )
 
 
 def fresh_state(positions: Tensor) -> Tensor:
@@ -266,12 +314,6 @@ def _shapes(packing: str, size: int, dim: int) -> tuple[tuple[int, ...], tuple[i
     if packing == "vec":
         return (dim, size), (size, dim)
     return (size // 16, dim // 2, 16, 2), (dim // 16, size // 2, 16, 2)
-
-
-def _starts(view: Tensor, blocks: Tensor) -> Tensor:
-    """Offset from a view's [N, H_kv, ...] first number of blocks [R, n]: [R, H_kv, n]."""
-    heads = torch.arange(view.shape[1]) * view.stride(1)
-    return blocks[:, None] * view.stride(0) + heads[:, None]
 
 
 def _flat(cache: Tensor) -> Tensor:

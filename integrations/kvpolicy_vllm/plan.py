@@ -13,243 +13,28 @@ Axes: R rows, n blocks per row, T tokens of the batch.
 """
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from kvpolicy import CachePolicy, EvictionPolicy, Occupancy
-from kvpolicy.memory.policy import MemoryPolicy, SlotMemoryPolicy
-from kvpolicy.policies.infini import Infini
-from kvpolicy_vllm.allotment import Allotment, memory_policy
-from kvpolicy_vllm.book import Account
+from kvpolicy import CachePolicy, EvictionPolicy
+from kvpolicy.memory.policy import MemoryPolicy
+from kvpolicy_vllm.allotment import Allotment
 from kvpolicy_vllm.pages import fresh_state
-
-MAX_READ = 1 << 14
-"""Slots of rows whose keys and values are copied together, to be read."""
+from kvpolicy_vllm.parts import (
+    MAX_READ,
+    Decision,
+    InPlace,
+    Placement,
+    Recollection,
+    Walk,
+)
+from kvpolicy_vllm.rows import Row
 
 NULL_BLOCK = 0
 """vLLM's placeholder block: rows of warm-up begin with it, and nobody reads it."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One request's share of a forward.
-
-    Attributes:
-        index: Row of the batch.
-        policy: Its policy.
-        first_token: Index of its first token in the batch.
-        num_tokens: Tokens in this forward.
-        seen: Tokens processed before.
-        account: Where to post what was evicted.
-    """
-
-    index: int
-    policy: CachePolicy
-    first_token: int
-    num_tokens: int
-    seen: int
-    account: Account
-
-    @property
-    def allotment(self) -> Allotment:
-        """What its blocks hold."""
-        return self.account.allotment
-
-    @property
-    def law(self) -> Occupancy:
-        """The occupancy law of its blocks."""
-        return self.allotment.law
-
-    @property
-    def is_kept(self) -> bool:
-        """Whether all of its tokens are of a prompt that is never evicted from."""
-        return self.total <= self.allotment.kept
-
-    @property
-    def last_token(self) -> int:
-        """Index of its last token in the batch."""
-        return self.first_token + self.num_tokens - 1
-
-    @property
-    def total(self) -> int:
-        """Tokens processed after this forward."""
-        return self.seen + self.num_tokens
-
-    @property
-    def visible(self) -> int:
-        """Token slots that the last token attends to."""
-        return self.law.held(self.total - 1) + 1
-
-    @property
-    def surplus(self) -> int:
-        """Token slots that an eviction drops after the last token; 0 if none is due."""
-        return self.law.surplus(self.total)
-
-    @property
-    def is_due(self) -> bool:
-        """Whether an eviction follows the last token."""
-        return self.surplus > 0
-
-    @property
-    def memory(self) -> MemoryPolicy | None:
-        """Its policy if that keeps a memory."""
-        return memory_policy(self.policy)
-
-    @property
-    def stays_in_place(self) -> bool:
-        """Whether the row's slots stay as they are, but for those of its new tokens."""
-        if self.is_kept:
-            return True
-        policy, due = self.policy, self.law.next_due(self.seen)
-        if due is not None and due < self.total:
-            return False
-        if not isinstance(policy, EvictionPolicy):
-            return True
-        if policy.observes_every_token:
-            return False
-        if policy.rope == "reindex" and self.law.evicted(self.total - 1) > 0:
-            return False
-        if self.memory is not None:
-            return self._only_reads(self.memory)
-        return self.num_tokens == 1 or "accumulated" not in policy.needs
-
-    def _only_reads(self, memory: MemoryPolicy) -> bool:
-        """Whether the row reads a memory that was written before and does not change."""
-        if self.num_tokens > 1 or self.seen == 0 or self.is_due:
-            return False
-        if self._is_boundary(memory):
-            return False
-        if isinstance(memory, SlotMemoryPolicy):
-            return True
-        # Other ways of reading are walked: here they are taken apart, around vLLM's kernel.
-        return type(memory).attend is Infini.attend and not memory.needs
-
-    def _is_boundary(self, memory: MemoryPolicy) -> bool:
-        """Whether the policy rewrites its memory after the last token."""
-        try:
-            return memory.next_boundary(self.seen) == self.total
-        except Exception:  # fails again where the row is walked, and is contained there
-            return True
-
-    @property
-    def has_slot_memory(self) -> bool:
-        """Whether memory slots are attended in one softmax with its tokens."""
-        return self.allotment.cells > 0
-
-
-@dataclass(frozen=True)
-class Placement:
-    """New tokens that are appended to the slots of their rows.
-
-    Attributes:
-        tokens: [T'] indices of the tokens in the batch; None when they are the whole batch.
-        slots: [T'] physical slot that receives each token.
-        block: [T'] the slot's block.
-        offset: [T'] the slot's offset within the block.
-        fresh: [T', 2, 1] the slot's policy state.
-    """
-
-    tokens: Tensor | None
-    slots: Tensor
-    block: Tensor
-    offset: Tensor
-    fresh: Tensor
-
-
-@dataclass(frozen=True)
-class InPlace:
-    """Rows whose new tokens are attended by vLLM's kernel.
-
-    Attributes:
-        rows: The rows, in batch order.
-        tokens: [T'] indices of their tokens; None when they are the whole batch.
-        query_start_loc: [R + 1] int32, as the kernel wants it.
-        seq_lens: [R] int32 slots that the last token of each row attends to.
-        block_table: [R, n] int32, from the first block with tokens on.
-    """
-
-    rows: list[Row]
-    tokens: Tensor | None
-    query_start_loc: Tensor
-    seq_lens: Tensor
-    block_table: Tensor
-
-
-@dataclass(frozen=True)
-class Decision:
-    """Rows of one policy, attended in place, that observe or evict in this forward.
-
-    Attributes:
-        policy: Their policy.
-        rows: The rows.
-        last_tokens: [R] index of each row's newest token in the batch.
-        blocks: [R, n] blocks that hold visible slots.
-        visible: [R] slots that the newest token attends to.
-        totals: [R] tokens seen.
-        due: Indices, among `rows`, of those that evict now, by slots visible and to be dropped.
-        written: Like `blocks`, but for those that hold nothing but a prompt that is kept: they
-            may be shared, and the null block stands for them.
-    """
-
-    policy: EvictionPolicy
-    rows: list[Row]
-    last_tokens: Tensor
-    blocks: Tensor
-    visible: Tensor
-    totals: Tensor
-    due: list[list[int]]
-    written: Tensor
-
-    @property
-    def prompts(self) -> list[int]:
-        """Tokens of each row's prompt if that is kept."""
-        return [row.allotment.kept for row in self.rows]
-
-
-@dataclass(frozen=True)
-class Recollection:
-    """Rows of one policy whose newest token reads their memory.
-
-    Attributes:
-        policy: Their policy.
-        rows: The rows, one new token each.
-        tokens: [R] index of each row's token in the batch.
-        blocks: [R, n] blocks of the memory and of visible slots.
-        allotment: What their blocks hold.
-        visible: [R] token slots that the token attends to.
-        seen: [R] tokens seen before it, which is its position.
-    """
-
-    policy: MemoryPolicy
-    rows: list[Row]
-    tokens: Tensor
-    blocks: Tensor
-    allotment: Allotment
-    visible: Tensor
-    seen: Tensor
-
-
-@dataclass(frozen=True)
-class Walk:
-    """Rows of one policy that advance in lockstep over a dense copy of their slots.
-
-    Attributes:
-        policy: Their policy.
-        rows: The rows, equal in allotment, in tokens seen and in number of new tokens.
-        tokens: [R, Q] indices of their tokens in the batch.
-        blocks: [R, n] all blocks that they use.
-    """
-
-    policy: CachePolicy
-    rows: list[Row]
-    tokens: Tensor
-    blocks: Tensor
-
-    @property
-    def token_blocks(self) -> Tensor:
-        """Those with cells of the cache, memory slots among them: no blocks of numbers."""
-        return self.blocks[:, self.rows[0].allotment.state_blocks :]
 
 
 @dataclass(frozen=True)
@@ -290,14 +75,18 @@ def make_plan(rows: list[Row], block_table: Tensor, block_size: int, num_tokens:
         num_tokens: Tokens of the batch.
     """
     rows = [part for row in rows for part in _apart(row)]
-    staying = [row for row in rows if row.stays_in_place]
-    walking = [row for row in rows if not row.stays_in_place]
+    staying: list[Row] = []
+    walking: list[Row] = []
+    for row in rows:
+        (staying if row.stays_in_place else walking).append(row)
     attending = [row for row in staying if not row.has_slot_memory]
+    new = _new_tokens(staying, num_tokens)
+    attended = new if len(attending) == len(staying) else _new_tokens(attending, num_tokens)
     return Plan(
         num_tokens=num_tokens,
         entered=_entered(rows, block_table, block_size),
-        placement=_placement(staying, block_table, block_size, num_tokens) if staying else None,
-        in_place=_in_place(attending, block_table, num_tokens) if attending else None,
+        placement=_placement(staying, new, block_table, block_size) if staying else None,
+        in_place=_in_place(attending, attended, block_table) if attending else None,
         decisions=_decisions(attending, block_table, block_size),
         recollections=_recollections(staying, block_table, block_size),
         walks=_walks(walking, block_table, block_size),
@@ -335,45 +124,60 @@ def _entered(rows: list[Row], block_table: Tensor, block_size: int) -> Tensor:
     return torch.cat(parts).long()
 
 
-def _placement(rows: list[Row], block_table: Tensor, block_size: int, num_tokens: int) -> Placement:
+class NewTokens(NamedTuple):
+    """The tokens of some rows, T' of them.
+
+    Attributes:
+        rows: [R] rows of the batch.
+        ends: [R] tokens up to the end of each row.
+        owner: [T'] which of the rows a token belongs to.
+        within: [T'] its place among the row's tokens.
+        tokens: [T'] its index in the batch; None when they are the whole batch.
+    """
+
+    rows: Tensor
+    ends: Tensor
+    owner: Tensor
+    within: Tensor
+    tokens: Tensor | None
+
+
+def _new_tokens(rows: list[Row], num_tokens: int) -> NewTokens:
+    """Lay out the tokens of rows in a batch of `num_tokens`."""
+    table = [(row.index, row.first_token, row.num_tokens) for row in rows]
+    index, starts, counts = torch.tensor(table, dtype=torch.int64).view(-1, 3).unbind(1)
+    ends = counts.cumsum(0)
+    owner = torch.repeat_interleave(counts)
+    within = torch.arange(len(owner)) - (ends - counts)[owner]
+    is_whole = len(owner) == num_tokens
+    return NewTokens(index, ends, owner, within, None if is_whole else starts[owner] + within)
+
+
+def _placement(rows: list[Row], new: NewTokens, block_table: Tensor, block_size: int) -> Placement:
     """Where the rows' tokens go: behind their memory and the slots they hold."""
-    owner, within, tokens = _tokens(rows)
-    first = torch.tensor([row.law.state_slots + row.law.held(row.seen) for row in rows])
-    seen = torch.tensor([row.seen for row in rows])
-    table = block_table[torch.tensor([row.index for row in rows])]
-    slot = first[owner] + within
-    block, offset = table[owner, slot // block_size].long(), slot % block_size
+    table = [(row.seen, row.law.state_slots + row.law.held(row.seen)) for row in rows]
+    seen, first = torch.tensor(table).unbind(1)
+    slot = first[new.owner] + new.within
+    block, offset = block_table[new.rows[new.owner], slot // block_size].long(), slot % block_size
     return Placement(
-        tokens=None if len(tokens) == num_tokens else tokens,
+        tokens=new.tokens,
         slots=block * block_size + offset,
         block=block,
         offset=offset,
-        fresh=fresh_state(seen[owner] + within),
+        fresh=fresh_state(seen[new.owner] + new.within),
     )
 
 
-def _in_place(rows: list[Row], block_table: Tensor, num_tokens: int) -> InPlace:
-    _, _, tokens = _tokens(rows)
-    ends = torch.tensor([row.num_tokens for row in rows], dtype=torch.int32).cumsum(0)
-    index = torch.tensor([row.index for row in rows])
-    behind = torch.tensor([row.allotment.state_blocks for row in rows])
+def _in_place(rows: list[Row], new: NewTokens, block_table: Tensor) -> InPlace:
+    table = [(row.visible, row.allotment.state_blocks) for row in rows]
+    visible, behind = torch.tensor(table, dtype=torch.int32).unbind(1)
     return InPlace(
         rows=rows,
-        tokens=None if len(tokens) == num_tokens else tokens,
-        query_start_loc=torch.cat([torch.zeros(1, dtype=torch.int32), ends.int()]),
-        seq_lens=torch.tensor([row.visible for row in rows], dtype=torch.int32),
-        block_table=_shifted(block_table[index], behind),
+        tokens=new.tokens,
+        query_start_loc=pad(new.ends.int(), (1, 0)),
+        seq_lens=visible.contiguous(),
+        block_table=_shifted(block_table[new.rows], behind),
     )
-
-
-def _tokens(rows: list[Row]) -> tuple[Tensor, Tensor, Tensor]:
-    """Of every token of the rows: its row, its place in the row, its index in the batch; [T']."""
-    counts = torch.tensor([row.num_tokens for row in rows])
-    starts = torch.tensor([row.first_token for row in rows])
-    ends = counts.cumsum(0)
-    owner = torch.repeat_interleave(torch.arange(len(rows)), counts)
-    within = torch.arange(int(ends[-1])) - (ends - counts)[owner]
-    return owner, within, starts[owner] + within
 
 
 def _shifted(table: Tensor, count: Tensor) -> Tensor:
@@ -389,11 +193,7 @@ def _decisions(rows: list[Row], block_table: Tensor, block_size: int) -> list[De
     groups: dict[EvictionPolicy, list[Row]] = {}
     for row in rows:
         policy = row.policy
-        if (
-            isinstance(policy, EvictionPolicy)
-            and not row.is_kept
-            and ("accumulated" in policy.needs or row.is_due)
-        ):
+        if isinstance(policy, EvictionPolicy) and not row.is_kept and (row.observes or row.is_due):
             groups.setdefault(policy, []).append(row)
     decisions: list[Decision] = []
     for policy, members in groups.items():
@@ -406,20 +206,10 @@ def _decisions(rows: list[Row], block_table: Tensor, block_size: int) -> list[De
                 blocks=blocks,
                 visible=torch.tensor([row.visible for row in members]),
                 totals=torch.tensor([row.total for row in members]),
-                due=_due_together(members),
                 written=_without_prompts(members, blocks, block_size),
             )
         )
     return decisions
-
-
-def _due_together(rows: list[Row]) -> list[list[int]]:
-    """Indices of rows that evict now, by the slots that they show and drop."""
-    groups: dict[tuple[int, int], list[int]] = {}
-    for index, row in enumerate(rows):
-        if surplus := row.surplus:
-            groups.setdefault((row.visible, surplus), []).append(index)
-    return list(groups.values())
 
 
 def _without_prompts(rows: list[Row], blocks: Tensor, block_size: int) -> Tensor:

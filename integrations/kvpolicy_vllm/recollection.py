@@ -15,7 +15,7 @@ from kvpolicy.policies.infini import Infini
 from kvpolicy_vllm.execution import LayerBatch, newest_logits, post_time
 from kvpolicy_vllm.memory import PagedMemory
 from kvpolicy_vllm.pages import Pages, put_rows, rows_of
-from kvpolicy_vllm.plan import Recollection
+from kvpolicy_vllm.parts import Recollection
 
 
 def recollect(part: Recollection, memory: PagedMemory, batch: LayerBatch) -> None:

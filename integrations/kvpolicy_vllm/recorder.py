@@ -26,8 +26,8 @@ from kvpolicy.trace.frames import CHUNK_ROWS
 from kvpolicy.trace.header import KINDS
 from kvpolicy_vllm.book import external_id
 from kvpolicy_vllm.capture import SUFFIX, Capture
-from kvpolicy_vllm.plan import Row
 from kvpolicy_vllm.recording import QUEUE_BYTES, RecordedRow, Recording
+from kvpolicy_vllm.rows import Row
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_input_batch import InputBatch

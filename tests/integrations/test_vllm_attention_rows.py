@@ -7,16 +7,22 @@ import torch
 
 import kvpolicy
 from kvpolicy.attention import AttentionLayer
+from kvpolicy.selection import select_victims
+from kvpolicy_vllm import execution
 from kvpolicy_vllm.allotment import Allotment
 from kvpolicy_vllm.book import Account
 from kvpolicy_vllm.execution import decide
 from kvpolicy_vllm.pages import Pages, put_rows, rows_of
-from kvpolicy_vllm.plan import Decision, Row
+from kvpolicy_vllm.parts import Decision
+from kvpolicy_vllm.rows import Row
 from kvpolicy_vllm.spec import STATE_BYTES
 
 NUM_BLOCKS, KV_HEADS, GROUP, DIM = 17, 2, 3, 64
 VISIBLE = (70, 1, 96, 33)
 """Slots of four rows: a part of a block, a single one, whole blocks, one over."""
+
+DUE = 6
+"""Slots that the first row drops under a budget of 64 and this interval; no other row is due."""
 
 RULES = {
     "mean": "",
@@ -27,6 +33,23 @@ RULES = {
     "decay": ",decay=0.9",
 }
 LAYOUTS = [("vec", torch.float32), ("vec", torch.bfloat16), ("amx", torch.bfloat16)]
+
+
+class LatestVotes(kvpolicy.EvictionPolicy):
+    """Counts the last tokens before an eviction alone."""
+
+    needs = ("accumulated",)
+    votes: int = 1
+
+    @property
+    def accumulation(self) -> kvpolicy.Accumulation:
+        """Sums over `votes` tokens."""
+        return kvpolicy.Accumulation(window=self.votes)
+
+    def score(self, view: kvpolicy.View) -> torch.Tensor:
+        """Rate a slot by its votes."""
+        assert view.accumulated is not None
+        return view.accumulated
 
 
 def filled_pages(packing: str, dtype: torch.dtype, size: int) -> Pages:
@@ -64,7 +87,6 @@ def decision_of(policy: kvpolicy.EvictionPolicy, size: int) -> Decision:
         blocks=blocks,
         visible=torch.tensor(VISIBLE),
         totals=torch.tensor(VISIBLE),
-        due=[],
         written=blocks,
     )
 
@@ -122,3 +144,52 @@ def test_a_row_that_is_no_number_stays_alone():
         for row, slots in enumerate(VISIBLE)
     ]
     assert lost == [True, False, True, False]
+
+
+def test_a_window_of_votes_starts_over_with_its_first_token():
+    """What a slot had before is forgotten then, no number included, and added to from then on."""
+    policy = LatestVotes(budget=96, interval=4, votes=100)  # the next eviction is at 100
+    layer, pages = AttentionLayer(policy, 0, scale=0.3), filled_pages("vec", torch.float32, 32)
+    decision, before = decision_of(policy, 32), pages.accumulated.clone()
+    starting, going_on = (decision.blocks[row : row + 1] for row in (1, 2))
+    pages.accumulated[starting] = torch.nan
+    decide(decision, layer, pages, torch.randn(4, KV_HEADS * GROUP, DIM))
+    assert torch.equal(rows_of(pages.accumulated, starting, 1), torch.ones(1, KV_HEADS, 1))
+    added = rows_of(pages.accumulated - before, going_on, 96).sum(dim=-1)
+    torch.testing.assert_close(added, torch.ones(1, KV_HEADS), rtol=0, atol=2e-5)
+
+
+def test_tokens_before_a_window_of_votes_are_not_observed():
+    """Of eight tokens between two evictions the last three are, so that five cost no pass."""
+    policy = LatestVotes(budget=16, interval=8, votes=3)
+    account = Account("request", policy, Allotment(policy.occupancy))
+    rows = [Row(0, policy, 0, 1, seen, account) for seen in range(24, 32)]
+    assert [row.observes for row in rows] == [False] * 5 + [True] * 3
+    assert [row.is_due for row in rows] == [False] * 7 + [True]
+
+
+@pytest.mark.parametrize(
+    ("spec", "choices"),
+    [("window", 1), ("sinks", 1), ("tova", 2), ("h2o", 2)],
+)
+def test_layers_share_what_no_layer_can_decide_otherwise(spec, choices, monkeypatch):
+    """Policies that keep the first and newest tokens choose once for both layers, others twice."""
+    chosen = []
+    monkeypatch.setattr(
+        execution,
+        "select_victims",
+        lambda *args: chosen.append(select_victims(*args)) or chosen[-1],
+    )
+    policy = kvpolicy.parse(f"{spec}:budget=64,interval={DUE}")
+    decision, held = decision_of(policy, 32), torch.arange(VISIBLE[0], dtype=torch.int32)
+    query = torch.randn(4, KV_HEADS * GROUP, DIM)
+    for index in range(2):
+        pages = filled_pages("vec", torch.float32, 32)
+        put_rows(pages.positions, decision.blocks[:1], held.expand(1, KV_HEADS, -1))
+        decide(decision, AttentionLayer(policy, index, scale=0.3), pages, query)
+        kept = rows_of(pages.positions, decision.blocks[:1], 64).sort(dim=-1).values
+        dropped = chosen[-1].nonzero()[:, 2].view(KV_HEADS, DUE)
+        for head in range(KV_HEADS):
+            assert set(held.tolist()) - set(kept[0, head].tolist()) == set(dropped[head].tolist())
+    assert len(chosen) == choices
+    assert decision.rows[0].account.evicted_cells == 2 * KV_HEADS * DUE

@@ -28,8 +28,8 @@ from kvpolicy_vllm.allotment import Allotment
 from kvpolicy_vllm.book import Account
 from kvpolicy_vllm.execution import LayerBatch, log_sum_exp
 from kvpolicy_vllm.pages import Pages
-from kvpolicy_vllm.plan import Row
 from kvpolicy_vllm.recorder import Recorder
+from kvpolicy_vllm.rows import Row
 
 pytestmark = pytest.mark.vllm
 

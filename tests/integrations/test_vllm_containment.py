@@ -22,7 +22,7 @@ from fixtures.models import random_llama, random_prompt, save_model
 from kvpolicy import registry
 from kvpolicy_vllm.book import Account, Book
 from kvpolicy_vllm.containment import contain, fallback_of
-from kvpolicy_vllm.plan import Row
+from kvpolicy_vllm.rows import Row
 
 pytestmark = pytest.mark.vllm
 

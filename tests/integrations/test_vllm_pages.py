@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from kvpolicy_vllm.execution import fill_holes
-from kvpolicy_vllm.pages import Cells, Pages, put_rows, rows_of
+from kvpolicy_vllm.pages import Cells, Moves, Pages, fill_holes, put_rows, rows_of
 from kvpolicy_vllm.spec import STATE_BYTES
 
 NUM_BLOCKS, KV_HEADS, SIZE, DIM = 7, 2, 32, 64
@@ -62,7 +61,7 @@ def test_moving_cells_takes_their_state_along(packing, dtype):
     state = pages.positions.clone(), pages.accumulated.clone()
     source = Cells(torch.tensor([1, 2]), torch.tensor([0, 1]), torch.tensor([31, 5]))
     target = Cells(torch.tensor([6, 0]), torch.tensor([0, 1]), torch.tensor([17, 0]))
-    pages.move(source, target)
+    pages.move(Moves(source, target, dropped=[1]))
     for found, before in (
         (by_block(pages.read_keys(blocks)), by_block(keys)),
         (by_block(pages.read_values(blocks)), by_block(values)),
@@ -100,7 +99,7 @@ def test_filling_holes_keeps_the_survivors_and_only_them():
     victims = torch.zeros(2, KV_HEADS, held, dtype=torch.bool)
     victims.scatter_(-1, order[..., : held - retained], value=True)
     before = rows_of(pages.positions, blocks, held)
-    fill_holes(pages, blocks, victims, retained)
+    pages.move(fill_holes(blocks, victims, retained, SIZE))
     after = rows_of(pages.positions, blocks, retained)
     for row in range(2):
         for head in range(KV_HEADS):

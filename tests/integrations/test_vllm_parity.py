@@ -13,7 +13,7 @@ from fixtures.engines import (
     start_engine,
 )
 from fixtures.models import random_prompt
-from kvpolicy_vllm import backend, execution
+from kvpolicy_vllm import backend, parts
 
 pytestmark = pytest.mark.vllm
 
@@ -150,7 +150,7 @@ def test_what_a_policy_needs_at_evictions_is_read_then(path, model, monkeypatch)
         return original(part, *args)
 
     monkeypatch.setattr(backend, "walk", walk)
-    monkeypatch.setattr(execution, "MAX_READ", 2 * 53)
+    monkeypatch.setattr(parts, "MAX_READ", 2 * 53)
     spec = "fixtures.policies.KeyAndValueNorm:budget=48,interval=5"
     engine = start_engine(path, spec, max_num_batched_tokens=32)
     prompts = [random_prompt(model, 63, seed=seed) for seed in range(5)]

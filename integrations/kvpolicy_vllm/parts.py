@@ -1,0 +1,203 @@
+"""What a plan is made of: rows of one forward by what is done with them.
+
+Axes: R rows, n blocks per row, T tokens of the batch.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from kvpolicy import CachePolicy, EvictionPolicy
+from kvpolicy.memory.policy import MemoryPolicy
+from kvpolicy_vllm.allotment import Allotment
+from kvpolicy_vllm.pages import Moves
+from kvpolicy_vllm.rows import Row
+
+MAX_READ = 1 << 14
+"""Slots of rows whose keys and values are copied together, to be read."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """New tokens that are appended to the slots of their rows.
+
+    Attributes:
+        tokens: [T'] indices of the tokens in the batch; None when they are the whole batch.
+        slots: [T'] physical slot that receives each token.
+        block: [T'] the slot's block.
+        offset: [T'] the slot's offset within the block.
+        fresh: [T', 2, 1] the slot's policy state.
+    """
+
+    tokens: Tensor | None
+    slots: Tensor
+    block: Tensor
+    offset: Tensor
+    fresh: Tensor
+
+
+@dataclass(frozen=True)
+class InPlace:
+    """Rows whose new tokens are attended by vLLM's kernel.
+
+    Attributes:
+        rows: The rows, in batch order.
+        tokens: [T'] indices of their tokens; None when they are the whole batch.
+        query_start_loc: [R + 1] int32, as the kernel wants it.
+        seq_lens: [R] int32 slots that the last token of each row attends to.
+        block_table: [R, n] int32, from the first block with tokens on.
+    """
+
+    rows: list[Row]
+    tokens: Tensor | None
+    query_start_loc: Tensor
+    seq_lens: Tensor
+    block_table: Tensor
+
+
+@dataclass
+class Eviction:
+    """Rows of a decision that evict now, and show and drop equally many slots.
+
+    Attributes:
+        rows: The rows.
+        index: [R'] their places among the decision's rows.
+        blocks: [R', n] blocks that hold visible slots.
+        visible: [R'] slots that the newest token attends to, all equal.
+        totals: [R'] tokens seen.
+        moves: What all layers move, if the policy keeps the first and the newest tokens wherever
+            it is asked; None until the first layer has been.
+    """
+
+    rows: list[Row]
+    index: Tensor
+    blocks: Tensor
+    visible: Tensor
+    totals: Tensor
+    moves: Moves | None = None
+
+    @property
+    def capacity(self) -> int:
+        """Slots that each row shows."""
+        return self.rows[0].visible
+
+    @property
+    def surplus(self) -> int:
+        """Slots that each row drops per KV head."""
+        return self.rows[0].surplus
+
+    @property
+    def prompts(self) -> list[int]:
+        """Tokens of each row's prompt if that is kept."""
+        return [row.allotment.kept for row in self.rows]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Rows of one policy, attended in place, that observe or evict in this forward.
+
+    Attributes:
+        policy: Their policy.
+        rows: The rows.
+        last_tokens: [R] index of each row's newest token in the batch.
+        blocks: [R, n] blocks that hold visible slots.
+        visible: [R] slots that the newest token attends to.
+        totals: [R] tokens seen.
+        written: Like `blocks`, but for those that hold nothing but a prompt that is kept: they
+            may be shared, and the null block stands for them.
+    """
+
+    policy: EvictionPolicy
+    rows: list[Row]
+    last_tokens: Tensor
+    blocks: Tensor
+    visible: Tensor
+    totals: Tensor
+    written: Tensor
+
+    @cached_property
+    def evictions(self) -> list[Eviction]:
+        """The rows that evict now, no more at once than may have their keys or values copied."""
+        groups: dict[tuple[int, int], list[int]] = {}
+        for index, row in enumerate(self.rows):
+            if row.is_due:
+                groups.setdefault((row.visible, row.surplus), []).append(index)
+        reads = {"keys", "values"} & set(self.policy.needs)
+        parts: list[Eviction] = []
+        for (visible, _), members in groups.items():
+            step = max(1, MAX_READ // visible) if reads else len(members)
+            chunks = (members[first : first + step] for first in range(0, len(members), step))
+            parts += [self._eviction(chunk) for chunk in chunks]
+        return parts
+
+    def _eviction(self, members: list[int]) -> Eviction:
+        index = torch.tensor(members)
+        return Eviction(
+            rows=[self.rows[each] for each in members],
+            index=index,
+            blocks=self.blocks[index],
+            visible=self.visible[index],
+            totals=self.totals[index],
+        )
+
+    @cached_property
+    def fading(self) -> Tensor:
+        """Factor on each row's statistic as it was before the newest token; [R] float32."""
+        rule = self.policy.accumulation
+        if rule.window is None:
+            return torch.full((len(self.rows),), rule.decay)
+        ages = torch.tensor([row.law.window_age(row.total, rule.window) for row in self.rows])
+        return rule.decay * (ages > 1)
+
+    @cached_property
+    def gain(self) -> Tensor:
+        """Factor on each newest token's weights before they are added; [R] float32."""
+        is_relative = self.policy.accumulation.relative
+        return self.visible.float() if is_relative else torch.ones(len(self.rows))
+
+
+@dataclass(frozen=True)
+class Recollection:
+    """Rows of one policy whose newest token reads their memory.
+
+    Attributes:
+        policy: Their policy.
+        rows: The rows, one new token each.
+        tokens: [R] index of each row's token in the batch.
+        blocks: [R, n] blocks of the memory and of visible slots.
+        allotment: What their blocks hold.
+        visible: [R] token slots that the token attends to.
+        seen: [R] tokens seen before it, which is its position.
+    """
+
+    policy: MemoryPolicy
+    rows: list[Row]
+    tokens: Tensor
+    blocks: Tensor
+    allotment: Allotment
+    visible: Tensor
+    seen: Tensor
+
+
+@dataclass(frozen=True)
+class Walk:
+    """Rows of one policy that advance in lockstep over a dense copy of their slots.
+
+    Attributes:
+        policy: Their policy.
+        rows: The rows, equal in allotment, in tokens seen and in number of new tokens.
+        tokens: [R, Q] indices of their tokens in the batch.
+        blocks: [R, n] all blocks that they use.
+    """
+
+    policy: CachePolicy
+    rows: list[Row]
+    tokens: Tensor
+    blocks: Tensor
+
+    @property
+    def token_blocks(self) -> Tensor:
+        """Those with cells of the cache, memory slots among them: no blocks of numbers."""
+        return self.blocks[:, self.rows[0].allotment.state_blocks :]
