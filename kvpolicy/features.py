@@ -242,6 +242,13 @@ FEATURES = (
         ),
     ),
     Feature(
+        "data parallelism",
+        vllm=Works(
+            "cli/test_serve.py::test_requests_bring_policies_to_several_processes",
+            "behind a server, each replica with a ledger of its own",
+        ),
+    ),
+    Feature(
         "LoRA adapters",
         vllm=Works(
             "integrations/test_vllm_lora.py::test_adapters_mix_in_one_batch",
@@ -330,8 +337,10 @@ FEATURES = (
         ),
     ),
     Feature(
-        "data parallelism",
-        vllm=Refused("not tested yet", "run one server per replica"),
+        "data parallelism of mixtures of experts",
+        vllm=Refused(
+            "not tested yet: replicas that share experts run in step", "run one server per replica"
+        ),
     ),
     Feature(
         "context parallelism",

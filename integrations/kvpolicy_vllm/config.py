@@ -337,7 +337,9 @@ def features_in_use(vllm_config: "VllmConfig") -> dict[str, bool]:
         "more ranks than KV heads": (
             parallel.tensor_parallel_size > model.get_total_num_kv_heads()
         ),
-        "data parallelism": parallel.data_parallel_size > 1 or parallel.data_parallel_index > 0,
+        "data parallelism of mixtures of experts": (
+            model.is_moe and (parallel.data_parallel_size > 1 or parallel.data_parallel_index > 0)
+        ),
         "context parallelism": (
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
         ),

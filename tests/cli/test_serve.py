@@ -28,6 +28,7 @@ CONNECTIONS = 8
 
 SEVERAL = {
     "front ends": ["--api-server-count", "2"],
+    "replicas": ["--data-parallel-size", "2"],  # each has a front end as well
 }
 """Arguments of servers of several processes."""
 

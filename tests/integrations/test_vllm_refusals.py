@@ -60,7 +60,7 @@ OURS = {"worker_cls": "kvpolicy_vllm.worker.PolicyWorker"}
 CASES = [
     *((name, each, None) for name, rows in ARGUMENTS.items() for each in rows),
     *((name, {}, setting) for name, setting in SETTINGS.items()),
-    ("data parallelism", {"data_parallel_size": 2}, None),
+    ("data parallelism of mixtures of experts", {"data_parallel_size": 2}, MIXTURE),
     ("LoRA adapters in mixtures of experts", {"enable_lora": True, **OURS}, MIXTURE),
 ]
 
