@@ -41,21 +41,7 @@ class Refused:
         return f"no: {self.reason}; {self.remedy}"
 
 
-@dataclass(frozen=True)
-class Untested:
-    """A feature that nobody has tried under a policy, and that no host refuses.
-
-    Attributes:
-        reason: What stands against it.
-    """
-
-    reason: str
-
-    def __str__(self) -> str:
-        return f"untested: {self.reason}"
-
-
-Answer = Works | Refused | Untested
+Answer = Works | Refused
 
 
 @dataclass(frozen=True)
@@ -374,7 +360,11 @@ FEATURES = (
     ),
     Feature(
         "sessions whose input arrives in pieces",
-        vllm=Untested("each piece moves the end of what vLLM calls the prompt"),
+        vllm=Refused(
+            "each piece moves the end of what vLLM calls the prompt",
+            "send the whole text as one prompt",
+            "integrations/test_vllm_admission.py::test_input_sessions_are_refused",
+        ),
     ),
     Feature(
         "multi-head latent attention",

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from kvpolicy.capabilities import HOSTS, capability, settings
-from kvpolicy.features import ENGINES, FEATURES, Refused, Untested
+from kvpolicy.features import ENGINES, FEATURES, Refused
 from kvpolicy.registry import BUILT_IN, find
 
 PAGE = Path(__file__).with_name("support.md")
@@ -31,7 +31,7 @@ FEATURES_INTRODUCTION = """\
 ## Features by engine
 
 Each works, and the test that is named shows it, or is refused: by vLLM's engine when it starts, \
-by transformers at the call. Untested: it runs, and nothing here shows that it computes the same. \
+or where a request enters, by transformers at the call. \
 A dash: the engine has no such thing, or it is not a matter of the cache. A replay has no engine; \
 what it computes is [a page of its own](../explanation/replay.md).
 """
@@ -75,7 +75,7 @@ def _features() -> Iterable[Sequence[str]]:
             "no" if isinstance(answer, Refused) else str(answer)
             for answer in (answers.get(engine, "-") for engine in ENGINES)
         )
-        proofs = {a.proof: None for a in answers.values() if not isinstance(a, Untested)}
+        proofs = {a.proof: None for a in answers.values()}
         yield row.name, *shown, "<br>".join(f"`{proof}`" for proof in proofs) or "-"
 
 

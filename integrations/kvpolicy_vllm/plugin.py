@@ -42,8 +42,9 @@ def register() -> None:
     except UnsupportedError as error:
         init_logger(__name__).warning("%s", error)
         return
-    from kvpolicy_vllm import cli, dispatch, frontend
+    from kvpolicy_vllm import cli, dispatch, frontend, sessions
 
     dispatch.install()
     cli.install()
     frontend.install()
+    sessions.install()

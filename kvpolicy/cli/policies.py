@@ -10,7 +10,7 @@ from rich.text import Text
 from kvpolicy.capabilities import HOSTS, capability, settings
 from kvpolicy.cli.arguments import command_parser
 from kvpolicy.cli.output import Output, table
-from kvpolicy.features import ENGINES, FEATURES, Feature, Refused, Untested
+from kvpolicy.features import ENGINES, FEATURES, Feature, Refused
 from kvpolicy.policy import CachePolicy, EvictionPolicy, parameters
 from kvpolicy.registry import available, find
 
@@ -70,11 +70,7 @@ def describe(name: str, cls: type[CachePolicy]) -> dict[str, Any]:
 
 def describe_feature(row: Feature) -> dict[str, Any]:
     """A feature as JSON, with the tests that show each engine's answer."""
-    proofs = {
-        engine: answer.proof
-        for engine, answer in row.answers.items()
-        if not isinstance(answer, Untested)
-    }
+    proofs = {engine: answer.proof for engine, answer in row.answers.items()}
     engines = {engine: str(row.answers.get(engine, "-")) for engine in ENGINES}
     return {"name": row.name, "engines": engines, "tests": proofs}
 

@@ -1,12 +1,15 @@
 """Which policies requests may bring, from the setting to the ledger."""
 
 import argparse
+import asyncio
 import json
 from types import SimpleNamespace
 
 import pytest
+from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
+from vllm.v1.engine.async_llm import AsyncLLM
 
 import kvpolicy
 import kvpolicy_vllm
@@ -16,6 +19,7 @@ from kvpolicy_vllm import frontend
 from kvpolicy_vllm.admission import allowed_names
 from kvpolicy_vllm.cli import add_flag
 from kvpolicy_vllm.config import configured_policy
+from kvpolicy_vllm.plugin import register
 from kvpolicy_vllm.tap import RequestPolicies
 
 pytestmark = pytest.mark.vllm
@@ -170,3 +174,18 @@ def test_a_request_that_got_past_the_front_runs_under_the_servers_policy(
     for prompt, output in zip(prompts, outputs, strict=True):
         assert_equals_reference(engine, output, reference(model, SERVER, prompt, NUM_TOKENS))
         assert requests[output.request_id]["policy"] == SERVER
+
+
+def test_input_sessions_are_refused():
+    """Whoever sends a request in pieces to an engine under a policy is told what to do instead."""
+    register()
+    add, given = AsyncLLM._add_streaming_input_request, SamplingParams(n=2)
+    front = SimpleNamespace(vllm_config=SimpleNamespace(additional_config={"kv_policy": SERVER}))
+    with pytest.raises(kvpolicy.UnsupportedError, match="send the whole text as one prompt"):
+        asyncio.run(add(front, "name", None, given))
+    front.vllm_config.additional_config = {}
+    front._validate_streaming_input_sampling_params = (
+        AsyncLLM._validate_streaming_input_sampling_params
+    )
+    with pytest.raises(VLLMValidationError, match="n > 1"):  # by vLLM itself
+        asyncio.run(add(front, "name", None, given))
