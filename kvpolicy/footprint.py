@@ -1,10 +1,13 @@
 """What a request costs in memory: slots, blocks and bytes, all of them exact integers.
 
+Layers that attend to a sliding window are under no policy and hold what their window does.
+
 An occupancy law says how many slots a request holds, a layout what a slot takes in each host,
 and a pool how many requests find room. Counts are those of a request's fullest moment so far,
 which lies inside a step.
 """
 
+from bisect import bisect_right
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -50,16 +53,20 @@ class Layout:
     may bring different policies.
 
     Attributes:
-        num_layers: Layers that cache keys and values.
+        num_layers: Layers under the policy.
         num_kv_heads: KV heads of each layer that are held here.
         head_dim: Size of one head's key, and of its value.
         element_bytes: Bytes of one number of the cache's dtype.
+        num_sliding: Layers that attend to a sliding window.
+        window: Tokens that these attend to, the newest included.
     """
 
     num_layers: int
     num_kv_heads: int
     head_dim: int
     element_bytes: int
+    num_sliding: int = 0
+    window: int = 1
 
     def __post_init__(self) -> None:
         """Refuse sizes that are none."""
@@ -68,7 +75,29 @@ class Layout:
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
             element_bytes=self.element_bytes,
+            window=self.window,
         )
+
+    @property
+    def layers_per_block(self) -> int:
+        """Layers that share a block table in vLLM, where kinds of layers have tables of their own.
+
+        As many as there are of the rarer kind, unless the other one has hardly more.
+        """
+        if not self.num_sliding:
+            return self.num_layers
+        fewer, more = sorted((self.num_layers, self.num_sliding))
+        return more if more < 1.5 * fewer else fewer
+
+    @property
+    def num_tables(self) -> int:
+        """Block tables of the layers under the policy."""
+        return -(-self.num_layers // self.layers_per_block)
+
+    @property
+    def num_sliding_tables(self) -> int:
+        """Block tables of the layers that attend to a sliding window."""
+        return -(-self.num_sliding // self.layers_per_block)
 
     @property
     def cell_bytes(self) -> int:
@@ -78,22 +107,22 @@ class Layout:
     @property
     def token_bytes(self) -> int:
         """Keys and values of one token in all layers, without policy state."""
-        return self.num_layers * self.num_kv_heads * self.cell_bytes
+        return (self.num_layers + self.num_sliding) * self.num_kv_heads * self.cell_bytes
 
     def page_bytes(self, block_size: int) -> int:
         """One layer's page of a block in vLLM, its tail of policy state included."""
         return block_size * self.num_kv_heads * (self.cell_bytes + PAGE_STATE_BYTES)
 
     def block_bytes(self, block_size: int) -> int:
-        """A block in vLLM, over all layers, policy state included."""
-        return self.num_layers * self.page_bytes(block_size)
+        """A block in vLLM, over the layers that share it, policy state included."""
+        return self.layers_per_block * self.page_bytes(block_size)
 
     def stock_block_bytes(self, block_size: int) -> int:
-        """A block in stock vLLM, over all layers: no policy, no state."""
-        return block_size * self.token_bytes
+        """A block in stock vLLM, over the layers that share it: no policy, no state."""
+        return self.layers_per_block * block_size * self.num_kv_heads * self.cell_bytes
 
     def dense_bytes(self, num_slots: int, num_floats: int = 0) -> int:
-        """Slots in dense storage, over all layers, policy state included.
+        """Slots in dense storage, over all layers under the policy, policy state included.
 
         Args:
             num_slots: Slots of a KV head, those of a memory included.
@@ -102,16 +131,22 @@ class Layout:
         per_head = num_slots * (self.cell_bytes + DENSE_STATE_BYTES) + num_floats * FLOAT_BYTES
         return self.num_layers * self.num_kv_heads * per_head
 
+    def dense_window_bytes(self, tokens: int) -> int:
+        """What sliding layers hold of a request in transformers."""
+        held = min(tokens, self.window - 1)
+        return self.num_sliding * self.num_kv_heads * held * self.cell_bytes
+
 
 class Footprint(NamedTuple):
     """What one request costs once it has `tokens` tokens, and how many such requests fit.
 
     Attributes:
         tokens: Prompt and output together.
-        slots: Most slots that a KV head has held by then, reserved ones included.
-        blocks: Blocks of vLLM that hold them.
+        slots: Most slots that a KV head under the policy has held by then, reserved ones included.
+        blocks: Blocks of vLLM that hold them, and those of sliding layers.
         bytes: Of these blocks, policy state included.
-        dense_bytes: Of exactly these slots in dense storage, policy state included.
+        dense_bytes: Of exactly these slots in dense storage, policy state included, and of what
+            sliding layers hold.
         requests: Such requests that fit into the pool together: vLLM's maximum concurrency.
     """
 
@@ -157,7 +192,7 @@ class Pool:
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one block over all layers."""
+        """Bytes of one block over the layers that share it."""
         if self.has_state:
             return self.layout.block_bytes(self.block_size)
         return self.layout.stock_block_bytes(self.block_size)
@@ -176,14 +211,15 @@ class Pool:
             num_floats: Numbers per KV head that the policy keeps beside slots.
         """
         _require_positive(tokens=tokens)
-        blocks = self._in_pages(law, num_floats).num_blocks(tokens, self.block_size)
+        blocks = self._num_blocks(self._in_pages(law, num_floats), tokens)
         slots = peak_slots(law, tokens)
+        dense_bytes = self.layout.dense_bytes(slots, num_floats)
         return Footprint(
             tokens=tokens,
             slots=slots,
             blocks=blocks,
             bytes=blocks * self.block_bytes,
-            dense_bytes=self.layout.dense_bytes(slots, num_floats),
+            dense_bytes=dense_bytes + self.layout.dense_window_bytes(tokens),
             requests=self.num_blocks // blocks,
         )
 
@@ -192,14 +228,23 @@ class Pool:
 
         As vLLM's start-up check does, it leaves out the one block that vLLM never hands out.
         """
-        law = self._in_pages(law, num_floats)
-        room = max(0, self.num_blocks - 1) * self.block_size
-        if law.capacity is not None and law.capacity <= room:
+        law, room = self._in_pages(law, num_floats), max(0, self.num_blocks - 1)
+        too_long = room * self.block_size + 1  # for a request that grows with every token
+        lengths = range(1, too_long + 1)
+        longest = bisect_right(lengths, room, key=lambda tokens: self._num_blocks(law, tokens))
+        if longest == too_long:
             return Reach(positions, None if positions is None else "positions")
-        longest = max(0, room - law.state_slots)
         if positions is None or longest < positions:
             return Reach(longest, "pool")
         return Reach(positions, "positions")
+
+    def _num_blocks(self, law: Occupancy, tokens: int) -> int:
+        """Most blocks that a request has held once `tokens` tokens were processed."""
+        layout, size = self.layout, self.block_size
+        # The window may begin inside a block.
+        sliding = min(-(-tokens // size), 1 + -(-(layout.window - 1) // size))
+        own = law.num_blocks(tokens, size)
+        return layout.num_tables * own + layout.num_sliding_tables * sliding
 
     def _in_pages(self, law: Occupancy, num_floats: int) -> Occupancy:
         return law_in_pages(law, num_floats, self.block_size, self.layout.cell_bytes)
@@ -212,6 +257,11 @@ def peak_slots(law: Occupancy, tokens: int) -> int:
         return law.num_blocks(tokens, 1)
     behind = law.retained + min(tokens - prompt, law.interval)
     return max(prompt, behind) + law.state_slots  # a bulk prompt's end may be the peak
+
+
+def window_blocks(tokens: int, window: int, block_size: int) -> int:
+    """Blocks of vLLM that a sliding layer holds once token number `tokens` was decoded."""
+    return -(-tokens // block_size) - max(0, tokens - window) // block_size
 
 
 def position_limit(policy: CachePolicy, positions: int | None) -> int | None:

@@ -20,7 +20,14 @@ MAX_CONFIG_BYTES = 4 << 20
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Dtypes that policies keep keys and values in."""
 
+HYBRIDS = ("gemma3_text", "qwen2", "qwen3")
+"""Model types of which some layers may attend to a sliding window."""
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""transformers' words for kinds of layers."""
+
 _LARGEST = 1 << 31
+
 
 _NESTED_DEFAULTS = {
     "num_key_value_heads": ("llama",),
@@ -54,12 +61,14 @@ class ModelFacts:
 
     Attributes:
         model_type: What transformers calls the architecture.
-        num_layers: Layers, all of them full attention.
+        num_layers: Layers.
         num_query_heads: Query heads of a layer.
         num_kv_heads: KV heads of a layer.
         head_dim: Size of one head's key, and of its value.
         positions: Positions the model was trained for; None if it does not say.
         dtype: As written, such as ``bfloat16``; None if it does not say.
+        num_sliding: Layers that attend to a sliding window; the others are full attention.
+        window: Tokens that these attend to, the newest included; 1 if there are none.
         notes: What the hosts refuse although the sizes are clear, one line each.
     """
 
@@ -70,6 +79,8 @@ class ModelFacts:
     head_dim: int
     positions: int | None
     dtype: str | None
+    num_sliding: int = 0
+    window: int = 1
     notes: tuple[str, ...] = ()
 
     def kv_heads_per_rank(self, ranks: int) -> int:
@@ -112,6 +123,7 @@ def model_facts(config: Mapping[str, Any]) -> ModelFacts:
     _refuse(config)
     _refuse(text)
     num_layers = _num_layers(fields)
+    num_sliding = _num_sliding(text, num_layers)
     query_heads = fields.count("num_attention_heads")
     kv_heads = fields.count("num_key_value_heads", default=lambda: _all_heads(fields, query_heads))
     if query_heads % kv_heads:
@@ -133,8 +145,16 @@ def model_facts(config: Mapping[str, Any]) -> ModelFacts:
         head_dim=head_dim,
         positions=fields.optional_count("max_position_embeddings"),
         dtype=_dtype(config) or _dtype(text),
-        notes=tuple(_notes(config, text)),
+        num_sliding=num_sliding,
+        window=fields.count("sliding_window") if num_sliding else 1,
+        notes=tuple(_notes(config, text, num_sliding)),
     )
+
+
+def windows_of(config: Any) -> list[int | None]:
+    """Tokens that each layer of a transformers config attends to, newest included; None: all."""
+    kinds = getattr(config, "layer_types", None) or [FULL] * config.num_hidden_layers
+    return [config.sliding_window if kind == SLIDING else None for kind in kinds]
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -228,6 +248,36 @@ def _num_layers(fields: _Fields) -> int:
     return layers
 
 
+def _num_sliding(config: Mapping[str, Any], num_layers: int) -> int:
+    """Layers that attend to a sliding window, some but not all."""
+    if not _may_slide(config):
+        return 0
+    types, pattern = config.get("layer_types"), config.get("sliding_window_pattern")
+    if isinstance(types, list):
+        num_full = cast("list[Any]", types).count(FULL)
+    elif type(pattern) is int and 0 < pattern < _LARGEST:
+        num_full = num_layers // pattern  # every so many layers, one is full attention
+    else:
+        num_full = num_layers
+    if num_full:
+        return num_layers - num_full
+    raise UnsupportedError(
+        "no policy runs on this model: every layer attends to a sliding window, which leaves "
+        "nothing to rule; choose a model with full attention"
+    )
+
+
+def _may_slide(config: Mapping[str, Any]) -> bool:
+    """Whether layers are full attention or a sliding window, as the config says by layer."""
+    types = config.get("layer_types")
+    known = (
+        all(kind in (FULL, SLIDING) for kind in cast("list[Any]", types))
+        if isinstance(types, list)
+        else types is None and config.get("model_type") == "gemma3_text"
+    )
+    return known and config.get("model_type") in HYBRIDS
+
+
 def _dtype(config: Mapping[str, Any]) -> str | None:
     """The dtype by its new or its old key, without the ``torch.`` of old files."""
     value = config.get("dtype") or config.get("torch_dtype")
@@ -262,7 +312,9 @@ def _refuse(config: Mapping[str, Any]) -> None:
             "choose a model with plain attention",
         ),
         (
-            bool(window) and config.get("use_sliding_window") is not False,
+            bool(window)
+            and config.get("use_sliding_window") is not False
+            and not _may_slide(config),
             f"a sliding_window of {shown(window)} tokens is a retention rule of its own; if you "
             "mean to run without it, set it to null in a copy of the file",
         ),
@@ -284,19 +336,28 @@ def _is_encoder(config: Mapping[str, Any]) -> bool:
 
 
 def _hybrid(config: Mapping[str, Any]) -> str | None:
-    """Name the key, if any, that makes some layers something else than full attention."""
+    """Name the key, if any, that makes some layers neither full attention nor a known window."""
+    if _may_slide(config):
+        others = (key for key in _HYBRID if key != "sliding_window_pattern")
+        return next((key for key in others if config.get(key)), None)
     types = config.get("layer_types")
     is_plain = types is None or (
-        isinstance(types, list)
-        and all(kind == "full_attention" for kind in cast("list[Any]", types))
+        isinstance(types, list) and all(kind == FULL for kind in cast("list[Any]", types))
     )
     if not is_plain:
         return "layer_types"
     return next((key for key in _HYBRID if config.get(key)), None)
 
 
-def _notes(config: Mapping[str, Any], text: Mapping[str, Any]) -> Iterator[str]:
+def _notes(config: Mapping[str, Any], text: Mapping[str, Any], num_sliding: int) -> Iterator[str]:
     """Say what the hosts refuse although the arithmetic holds."""
+    if num_sliding:
+        yield (
+            "layers with a sliding window are under no policy and counted as their window decodes; "
+            "vLLM's own maximum concurrency adds a chunk of prompt (--max-num-batched-tokens)"
+        )
+    if num_sliding and text.get("model_type") != "gemma3_text":
+        yield "vLLM itself refuses models of this type with a sliding window in some layers"
     if config is not text or any(config.get(key) for key in ("vision_config", "audio_config")):
         yield "the hosts refuse multimodal models so far; this is the text model's arithmetic"
     if text.get("max_position_embeddings") is None:

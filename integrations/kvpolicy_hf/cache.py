@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 
 from kvpolicy import CachePolicy, Ledger, PolicyError, UnsupportedError, parse
 from kvpolicy.attention import AttentionLayer
+from kvpolicy.model_facts import windows_of
 from kvpolicy.slots import Slots
 from kvpolicy_hf.attention import install, is_installed
 from kvpolicy_hf.batch import Batch
@@ -22,7 +23,6 @@ from kvpolicy_hf.support import (
     require_parameters_fit,
     require_supported,
     rotary_of,
-    windows_of,
 )
 
 

@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kvpolicy import CachePolicy, Ledger
+from kvpolicy.model_facts import windows_of
 from kvpolicy_hf.cache import PolicyCache
 
 
@@ -42,5 +43,6 @@ def generate_greedy(
             if len(tokens) == new_tokens:
                 break
             ids = torch.tensor([tokens[-1:]])
-    retained = [cache.retained_positions(layer).tolist() for layer in range(len(cache.layers))]
+    ruled = [layer for layer, window in enumerate(windows_of(model.config)) if window is None]
+    retained = [cache.retained_positions(layer).tolist() for layer in ruled]
     return GreedyRun(tokens, retained, cache.ledger())

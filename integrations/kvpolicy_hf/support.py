@@ -11,6 +11,7 @@ from kvpolicy.memory.decoder import Decoder
 from kvpolicy.memory.modules import reason_against, take_apart
 from kvpolicy.memory.policy import MemoryPolicy
 from kvpolicy.memory.state import Shape
+from kvpolicy.model_facts import FULL, HYBRIDS, SLIDING
 from kvpolicy.policy import NEEDS
 from kvpolicy.rotary import Rotary
 from kvpolicy_hf.attention import DELEGATES, NAME
@@ -28,12 +29,6 @@ TESTED = {
     "gemma3_text": "Gemma3Attention",
 }
 """Model types that are tested against the oracle, and their attention modules."""
-
-HYBRIDS = ("gemma3_text", "qwen2", "qwen3")
-"""Model types of which some layers may attend to a sliding window; others ignore `layer_types`."""
-
-FULL, SLIDING = "full_attention", "sliding_attention"
-"""transformers' words for kinds of layers."""
 
 MOVING_ROPE = ("dynamic", "longrope")
 """RoPE types whose frequencies depend on how long a forward is."""
@@ -64,12 +59,6 @@ def attention_modules(model: PreTrainedModel) -> list[Any]:
     name = TESTED[model.config.model_type]
     found: list[Any] = [m for m in model.modules() if type(m).__name__ == name]
     return sorted(found, key=lambda module: module.layer_idx)
-
-
-def windows_of(config: PretrainedConfig) -> list[int | None]:
-    """Tokens that each layer attends to, the newest included; None: all."""
-    kinds = _get(config, "layer_types") or [FULL] * config.num_hidden_layers
-    return [config.sliding_window if kind == SLIDING else None for kind in kinds]
 
 
 def rotary_of(model: PreTrainedModel) -> Rotary:

@@ -13,6 +13,7 @@ from kvpolicy.cli.source import add_source, load_model, read_text
 from kvpolicy.footprint import Layout, floats_beside, peak_slots
 from kvpolicy.ledger import SEMANTICS
 from kvpolicy.memory.policy import MemoryPolicy
+from kvpolicy.model_facts import windows_of
 from kvpolicy.policy import CachePolicy
 
 # The host's types: this package may import hosts only inside functions.
@@ -205,17 +206,21 @@ def _bytes_per_request(
     """What a request of so many tokens takes at its fullest moment, memory and state included."""
     config, element_bytes = checkpoint.model.config, checkpoint.model.dtype.itemsize
     heads, head_dim = config.num_key_value_heads, config.head_dim
+    windows = [window for window in windows_of(config) if window is not None]
     layout = Layout(
-        num_layers=config.num_hidden_layers,
+        num_layers=config.num_hidden_layers - len(windows),
         num_kv_heads=heads,
         head_dim=head_dim,
         element_bytes=element_bytes,
+        num_sliding=len(windows),
+        window=max(windows, default=1),
     )
     floats = floats_beside(policy, head_dim, config.num_attention_heads // heads)
     rows = policy.hidden_rows if isinstance(policy, MemoryPolicy) else 0
     hidden = config.num_hidden_layers * rows * config.hidden_size * element_bytes
     law = policy.occupancy.of_prompt(prompt)
-    return hidden + layout.dense_bytes(peak_slots(law, tokens), floats)
+    slots = layout.dense_bytes(peak_slots(law, tokens), floats)
+    return hidden + slots + layout.dense_window_bytes(tokens)
 
 
 def _result(policy: CachePolicy, **measured: Any) -> dict[str, Any]:

@@ -160,11 +160,18 @@ def _setting(options: argparse.Namespace, policies: Sequence[CachePolicy]) -> Se
             f"--block-size must be at most {MAX_BLOCK_SIZE:,}; vLLM's are far smaller"
         )
     layout = Layout(
-        num_layers=facts.num_layers,
+        num_layers=facts.num_layers - facts.num_sliding,
         num_kv_heads=facts.kv_heads_per_rank(options.tensor_parallel),
         head_dim=facts.head_dim,
         element_bytes=ELEMENT_BYTES[dtype],
+        num_sliding=facts.num_sliding,
+        window=facts.window,
     )
+    if layout.num_tables > 1:
+        notes.append(
+            "kvpolicy refuses this model in vLLM, which would give its layers of full attention "
+            f"{layout.num_tables} block tables, because fewer layers attend to a sliding window"
+        )
     return Setting(
         model=options.model or "bundled",
         facts=facts,

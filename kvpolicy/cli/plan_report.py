@@ -84,6 +84,8 @@ def make_row(setting: Setting, policy: CachePolicy) -> Row:
     floats = floats_beside(policy, pool.layout.head_dim, group)
     reached = [pool.footprint(law, n, floats) for n in setting.contexts]
     peak = law.token_capacity
+    if peak is not None and pool.layout.num_sliding:
+        peak = max(peak, pool.layout.window + pool.block_size)
     peak = peak if limit is None or peak is None else min(peak, limit)
     return Row(
         policy=policy,
@@ -91,7 +93,7 @@ def make_row(setting: Setting, policy: CachePolicy) -> Row:
         reach=pool.reach(law, limit, floats),
         contexts=tuple(x if limit is None or x.tokens <= limit else None for x in reached),
         against_full=tuple(
-            Fraction(FULL.num_blocks(x.tokens, pool.block_size), x.blocks) for x in reached
+            Fraction(pool.footprint(FULL, x.tokens).blocks, x.blocks) for x in reached
         ),
     )
 
@@ -102,8 +104,10 @@ def show(output: Output, setting: Setting, rows: Sequence[Row]) -> None:
     share = f", {pool.layout.num_kv_heads} on each of {setting.ranks} ranks"
     name = "the bundled model" if setting.model == "bundled" else setting.model
     positions = "" if facts.positions is None else f", {facts.positions:,} positions"
+    sliding = f", {facts.num_sliding} with a window of {facts.window:,}"
     output.print(
-        f"[bold]{escape(name)}[/bold]: {facts.model_type}, {facts.num_layers} layers, "
+        f"[bold]{escape(name)}[/bold]: {facts.model_type}, {facts.num_layers} layers"
+        f"{sliding if facts.num_sliding else ''}, "
         f"{facts.num_kv_heads} KV heads{share if setting.ranks > 1 else ''}, head_dim "
         f"{facts.head_dim}{positions}; {size(pool.layout.token_bytes)} per token in {setting.dtype}"
     )
@@ -130,8 +134,8 @@ def _show_requests(output: Output, setting: Setting, rows: Sequence[Row]) -> Non
         if peak is None:
             cells = (
                 "1 per token",
-                f"1 per {pool.block_size}",
-                f"{size(pool.block_bytes / pool.block_size)}/token",
+                f"{layout.num_tables} per {pool.block_size}",
+                f"{size(layout.num_tables * pool.block_bytes / pool.block_size)}/token",
                 f"{size(layout.dense_bytes(1))}/token",
             )
         else:
@@ -194,6 +198,8 @@ def as_json(setting: Setting, rows: Sequence[Row]) -> dict[str, Any]:
         "geometry": {
             "model_type": facts.model_type,
             "layers": facts.num_layers,
+            "sliding_layers": facts.num_sliding,
+            "sliding_window": facts.window if facts.num_sliding else None,
             "q_heads": facts.num_query_heads,
             "kv_heads": facts.num_kv_heads,
             "head_dim": facts.head_dim,

@@ -132,7 +132,8 @@ def test_guide_lists_every_key_of_the_json() -> None:
     schema = re.search(r"`(\{.*\})`", section)
     assert schema is not None
     found = set(re.findall(r'"(\w+)"', schema[1]))
-    geometry = {"model_type", "layers", "q_heads", "kv_heads", "head_dim", "positions"}
+    geometry = {"model_type", "layers", "sliding_layers", "sliding_window", "q_heads"}
+    geometry |= {"kv_heads", "head_dim", "positions"}
     assert found == {*TOP, *RESULT, *CONTEXT, *geometry}
 
 
@@ -147,6 +148,8 @@ def test_json_has_its_keys_and_agrees_with_itself(
     assert result["geometry"] == {
         "model_type": "llama",
         "layers": 32,
+        "sliding_layers": 0,
+        "sliding_window": None,
         "q_heads": 32,
         "kv_heads": 8,
         "head_dim": 128,
@@ -174,6 +177,39 @@ def test_json_has_its_keys_and_agrees_with_itself(
     assert result["results"][-1]["slots_per_request"] == 1025
     for at in result["stock"]["contexts"]:
         assert at["bytes"] == at["context"] * 128 << 10
+
+
+def test_sliding_layers_are_planned_as_what_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Gemma 3 1B: four ruled layers share a table, 22 sliding ones have six, under any policy."""
+    folder = write_config(
+        tmp_path / "gemma-3-1b",
+        model_type="gemma3_text",
+        num_hidden_layers=26,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=256,
+        sliding_window=512,
+        sliding_window_pattern=6,
+        max_position_embeddings=32768,
+    )
+    arguments = ("--model", str(folder), "--policy", "window:budget=1000,interval=24")
+    result = plan(capsys, *arguments)
+    geometry, (full, _, window) = result["geometry"], result["results"]
+    assert (geometry["sliding_layers"], geometry["sliding_window"]) == (22, 512)
+    page = 128 * (2 * 256 * 2 + 8)
+    assert result["bytes_per_block"] == 4 * page
+    sliding = 6 * 5  # 511 tokens before the newest, which may begin anywhere in a block
+    assert window["blocks_per_request"] == 8 + sliding
+    assert [at["blocks"] for at in window["contexts"]] == [8 + sliding] * 2
+    assert [at["blocks"] for at in full["contexts"]] == [32 + sliding, 256 + sliding]
+    dense = 4 * 1024 * (1024 + 12) + 22 * 511 * 1024
+    assert window["dense_bytes_per_request"] == dense
+    assert [at["requests"] for at in window["contexts"]] == [(1 << 30) // (4 * page) // 38] * 2
+    shown = " ".join(printed(capsys, *arguments).split())
+    assert "26 layers, 22 with a window of 512" in shown
+    assert "vLLM's own maximum concurrency adds a chunk of prompt" in shown
 
 
 def test_default_pool_gives_requests_per_gib(capsys: pytest.CaptureFixture[str]) -> None:

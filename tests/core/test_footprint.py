@@ -20,6 +20,7 @@ from kvpolicy.footprint import (
     floats_beside,
     peak_slots,
     position_limit,
+    window_blocks,
 )
 from kvpolicy.rehearsal import HEAD_DIM, Case, Host
 from kvpolicy.slots import Slots
@@ -45,6 +46,21 @@ POOLS = st.builds(
     memory=st.integers(1, 1 << 26),
     has_state=st.booleans(),
 )
+HYBRID_POOLS = st.builds(
+    Pool,
+    layout=st.builds(
+        Layout,
+        num_layers=st.integers(1, 6),
+        num_kv_heads=st.integers(1, 2),
+        head_dim=st.integers(1, 16),
+        element_bytes=st.sampled_from([2, 4]),
+        num_sliding=st.integers(1, 6),
+        window=st.integers(1, 60),
+    ),
+    block_size=BLOCK_SIZES,
+    memory=st.integers(1, 1 << 20),
+)
+ANY_POOL = st.one_of(POOLS, HYBRID_POOLS)
 
 
 @given(law=LAWS, pool=POOLS)
@@ -78,14 +94,33 @@ def test_peak_of_a_prompt_set_apart_is_a_count(law: Occupancy, prompt: int, toke
     assert peak_slots(law, tokens) == fullest
 
 
-@given(law=ANY_LAW, pool=POOLS, tokens=TOKENS)
+@given(law=ANY_LAW, pool=HYBRID_POOLS, tokens=TOKENS)
+def test_sliding_layers_hold_what_their_window_does(
+    law: Occupancy, pool: Pool, tokens: int
+) -> None:
+    """Proves their blocks by counting token by token, one table for so many layers of a kind."""
+    layout, size = pool.layout, pool.block_size
+    at, in_window = pool.footprint(law, tokens), range(max(0, tokens - layout.window), tokens)
+    held = window_blocks(tokens, layout.window, size)
+    assert held == len({position // size for position in in_window})
+    fullest = max(window_blocks(n, layout.window, size) for n in range(1, tokens + 1))
+    own = law.num_blocks(tokens, size)
+    assert at.blocks == layout.num_tables * own + layout.num_sliding_tables * fullest
+    assert at.bytes == at.blocks * layout.layers_per_block * layout.page_bytes(size)
+    cells = layout.num_sliding * layout.num_kv_heads * min(tokens, layout.window - 1)
+    ruled = layout.dense_bytes(peak_slots(law, tokens))
+    assert at.dense_bytes == ruled + cells * layout.cell_bytes
+
+
+@given(law=ANY_LAW, pool=ANY_POOL, tokens=TOKENS)
 def test_longer_requests_never_cost_less(law: Occupancy, pool: Pool, tokens: int) -> None:
     """Proves that costs rise with the context, up to the law's capacity, and requests fall."""
     now, later = pool.footprint(law, tokens), pool.footprint(law, tokens + 1)
     assert now[:5] <= later[:5]
     assert all(a <= b for a, b in zip(now[:5], later[:5], strict=True))
     assert now.requests >= later.requests
-    if law.capacity is not None and tokens >= law.capacity:
+    settled = pool.layout.window + pool.block_size if pool.layout.num_sliding else 0
+    if law.capacity is not None and tokens >= max(law.capacity, settled):
         assert now[1:] == later[1:]
 
 
@@ -98,7 +133,7 @@ def test_requests_fill_the_memory_and_one_more_does_not_fit(
     assert at.requests * at.bytes <= pool.memory < (at.requests + 1) * at.bytes
 
 
-@given(law=ANY_LAW, pool=POOLS, positions=st.none() | st.integers(1, 400))
+@given(law=ANY_LAW, pool=ANY_POOL, positions=st.none() | st.integers(1, 400))
 def test_longest_request_fits_and_a_longer_one_does_not(
     law: Occupancy, pool: Pool, positions: int | None
 ) -> None:
@@ -108,7 +143,7 @@ def test_longest_request_fits_and_a_longer_one_does_not(
     if tokens is None:
         assert (positions, limit) == (None, None)
         assert law.capacity is not None
-        assert pool.footprint(law, law.capacity).blocks <= usable
+        assert pool.footprint(law, law.capacity + 1000).blocks <= usable
         return
     if tokens:
         assert pool.footprint(law, tokens).blocks <= usable
@@ -256,6 +291,40 @@ def test_pages_and_needs_are_those_of_vllms_spec() -> None:
                 config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=tokens))
                 need = 5 * spec.max_memory_usage_bytes(config)
                 assert need == pool.footprint(law, tokens).bytes
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize(
+    ("num_layers", "num_sliding"), [(4, 22), (5, 25), (2, 4), (3, 4), (4, 3), (3, 1), (13, 12)]
+)
+def test_block_tables_are_those_that_vllm_makes(num_layers: int, num_sliding: int) -> None:
+    """Proves how layers of both kinds share tables and blocks, against vLLM's own grouping."""
+    from vllm.v1.core import kv_cache_utils
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+
+    from kvpolicy_vllm.spec import RetentionSpec
+
+    sizes = {"block_size": 32, "num_kv_heads": 2, "head_size": 64, "dtype": torch.float32}
+    law = parse("h2o:budget=100").occupancy
+    ruled = RetentionSpec.from_full(FullAttentionSpec(**sizes), law)
+    slides = SlidingWindowSpec(**sizes, sliding_window=70)
+    specs = {f"r{i}": ruled for i in range(num_layers)}
+    specs |= {f"s{i}": slides for i in range(num_sliding)}
+    unified = kv_cache_utils.unify_kv_cache_spec_page_size(specs)
+    groups = kv_cache_utils._get_kv_cache_groups_uniform_page_size(unified)
+    layout = Layout(
+        num_layers=num_layers,
+        num_kv_heads=2,
+        head_dim=64,
+        element_bytes=4,
+        num_sliding=num_sliding,
+        window=70,
+    )
+    kinds = [type(group.kv_cache_spec) for group in groups]
+    assert layout.num_tables == kinds.count(RetentionSpec)
+    assert layout.num_sliding_tables == kinds.count(SlidingWindowSpec)
+    assert layout.layers_per_block == max(len(group.layer_names) for group in groups)
+    assert {group.kv_cache_spec.page_size_bytes for group in groups} == {layout.page_bytes(32)}
 
 
 @pytest.mark.vllm

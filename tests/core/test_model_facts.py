@@ -135,9 +135,10 @@ def test_missing_field_is_named(key: str) -> None:
     ("name", "reason"),
     [
         *((name, None) for name in ("Llama", "Qwen2", "Qwen3", "Qwen3Moe", "Mixtral", "Gemma")),
+        *((name, None) for name in ("Gemma3", "Gemma3Text")),
         *((name, None) for name in ("GPTNeoX", "Phi3", "Starcoder2", "OPT", "Llava", "PaliGemma")),
         ("Mistral", "sliding_window of 4096 tokens"),
-        *((name, "hybrid") for name in ("Gemma2", "Gemma3", "GptOss", "Qwen3Next", "Llama4")),
+        *((name, "hybrid") for name in ("Gemma2", "GptOss", "Qwen3Next", "Llama4")),
         *((name, "hybrid") for name in ("Mamba", "Jamba", "Bamba", "RecurrentGemma", "Mllama")),
         *((name, "MLA") for name in ("DeepseekV2", "DeepseekV3")),
         *((name, "encoder-decoder") for name in ("T5", "Whisper")),
@@ -209,6 +210,61 @@ def test_contradiction_is_refused(changes: dict[str, Any], reason: str) -> None:
     """Proves that fields must agree with each other."""
     with pytest.raises(PolicyError, match=reason):
         model_facts(llama(**changes))
+
+
+GEMMA3 = LLAMA | {
+    "model_type": "gemma3_text",
+    "num_hidden_layers": 26,
+    "head_dim": 256,
+    "sliding_window": 512,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "num_sliding"),
+    [
+        (GEMMA3 | {"sliding_window_pattern": 6}, 22),
+        (
+            GEMMA3
+            | {
+                "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 4
+                + ["sliding_attention"] * 2
+            },
+            22,
+        ),
+        (GEMMA3 | {"layer_types": ["full_attention"] * 26}, 0),
+        (
+            llama(
+                model_type="qwen3",
+                use_sliding_window=True,
+                sliding_window=512,
+                layer_types=["full_attention"] * 28 + ["sliding_attention"] * 4,
+            ),
+            4,
+        ),
+    ],
+)
+def test_sliding_layers_are_counted(config: dict[str, Any], num_sliding: int) -> None:
+    """Proves both ways to say which layers slide, and that plans say what it means for them."""
+    facts = model_facts(config)
+    assert facts.num_sliding == num_sliding
+    assert facts.window == (512 if num_sliding else 1)
+    assert any("counted as their window decodes" in note for note in facts.notes) == (
+        num_sliding > 0
+    )
+
+
+def test_layers_that_all_slide_are_refused() -> None:
+    """Proves that a policy needs a layer to rule."""
+    with pytest.raises(UnsupportedError, match="every layer attends to a sliding window"):
+        model_facts(GEMMA3 | {"layer_types": ["sliding_attention"] * 26})
+
+
+def test_a_window_without_a_size_is_refused() -> None:
+    """Proves that nothing is guessed about how long it is."""
+    config = GEMMA3 | {"sliding_window_pattern": 6, "sliding_window": None}
+    with pytest.raises(PolicyError, match="has no sliding_window"):
+        model_facts(config)
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from transformers import DynamicCache, PreTrainedModel
 from fixtures.families import HYBRIDS, WINDOW
 from fixtures.models import CertifiedPrompt, certified_prompts, random_prompt
 from kvpolicy import KVPolicyError, PolicyError, UnsupportedError
+from kvpolicy.model_facts import windows_of
 from kvpolicy_hf import PolicyCache
-from kvpolicy_hf.support import windows_of
 from oracles.modules import ModuleOracle
 
 NEW = 12
