@@ -393,14 +393,21 @@ FEATURES = (
     ),
     Feature(
         "sliding windows in some layers",
-        vllm=Refused(
-            "its prefix cache and pages know one kind of layers so far",
-            "run it in transformers, or choose a model with full attention",
-            f"{_ENGINE}test_sliding_window_models_are_refused",
+        vllm=Works(
+            "integrations/test_vllm_hybrids.py::test_a_batch_of_unequal_lengths_equals_transformers",
+            "the policy rules the other layers (Gemma 3; no memory, rope=keep, one process, one "
+            "block table for them all); the prefix cache finds nothing",
         ),
         transformers=Works(
             "integrations/test_hf_hybrids.py::test_a_left_padded_batch_equals_the_oracle",
             "the policy rules the other layers (Gemma 3, Qwen2, Qwen3; no memory, rope=keep)",
+        ),
+    ),
+    Feature(
+        "sliding windows without the hybrid KV cache manager",
+        vllm=Refused(
+            "all layers would share blocks, and only some are under the policy",
+            "drop --disable-hybrid-kv-cache-manager",
         ),
     ),
     Feature(

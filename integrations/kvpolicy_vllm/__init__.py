@@ -96,7 +96,8 @@ def retained_positions(llm: "LLM", request_id: str, layer: int) -> "Tensor":
     if not positions:
         raise PolicyError(
             f"no retained positions of request {request_id!r} in layer {layer}: it is unknown, "
-            "or more than 64 requests finished since; ask right after it finishes"
+            "more than 64 requests finished since, or the layer attends to a sliding window and "
+            "is under no policy; ask right after it finishes, for a layer of full attention"
         )
     return torch.tensor(positions, dtype=torch.int64)
 

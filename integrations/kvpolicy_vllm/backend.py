@@ -21,15 +21,15 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackendImpl,
     CPUAttentionMetadataBuilder,
 )
-from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, SlidingWindowSpec
 
-from kvpolicy import CachePolicy, EvictionPolicy, UnsupportedError
+from kvpolicy import CachePolicy, UnsupportedError
 from kvpolicy.attention import AttentionLayer
 from kvpolicy.memory.state import Shape
 from kvpolicy.rotary import Rotary
 from kvpolicy_vllm import attention_rows
 from kvpolicy_vllm.allotment import PageShape, allotment_of, memory_policy
-from kvpolicy_vllm.config import check_engine
+from kvpolicy_vllm.config import check_engine, reindexes
 from kvpolicy_vllm.containment import contain
 from kvpolicy_vllm.dispatch import forget_choice
 from kvpolicy_vllm.engine import Engine
@@ -43,6 +43,7 @@ from kvpolicy_vllm.plan import NULL_BLOCK, make_plan
 from kvpolicy_vllm.ranks import tensor_ranks
 from kvpolicy_vllm.recollection import recollect
 from kvpolicy_vllm.rows import Row
+from kvpolicy_vllm.sliding import SlidingImpl, SlidingMetadataBuilder
 from kvpolicy_vllm.spec import RetentionSpec
 
 if TYPE_CHECKING:
@@ -73,12 +74,16 @@ class RetentionBackend(CPUAttentionBackend):
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         """Exchange a full-attention layer's spec for one whose slots are reused.
 
+        That of a layer that attends to a sliding window stays as it is.
+
         Raises:
-            UnsupportedError: The layer is not plain full attention.
+            UnsupportedError: The layer is neither.
         """
+        if type(spec) is SlidingWindowSpec:
+            return spec
         if type(spec) is not FullAttentionSpec or spec.head_size_v != spec.head_size:
             raise UnsupportedError(
-                f"kv_policy={cls.policy} needs layers of plain full attention, "
+                f"kv_policy={cls.policy} needs layers of plain full attention or a sliding window, "
                 f"got {type(spec).__name__}; choose another model or drop the policy"
             )
         return RetentionSpec.from_full(
@@ -116,7 +121,13 @@ def _page_shape(spec: AttentionSpec, group: int) -> PageShape:
 
 
 class RetentionMetadataBuilder(CPUAttentionMetadataBuilder):
-    """Plans every forward once for all layers."""
+    """Plans every forward once for all layers under the policy."""
+
+    def __new__(cls, kv_cache_spec: AttentionSpec, *args: Any) -> Any:
+        """Make vLLM's own builder for layers that attend to a sliding window."""
+        if type(kv_cache_spec) is SlidingWindowSpec:
+            return SlidingMetadataBuilder(kv_cache_spec, *args)
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -125,9 +136,14 @@ class RetentionMetadataBuilder(CPUAttentionMetadataBuilder):
         vllm_config: "VllmConfig",
         device: torch.device,
     ) -> None:
-        """Find the engine, and tell it what a block holds and costs."""
+        """Find the engine, and tell it what a block holds and costs.
+
+        Raises:
+            UnsupportedError: The policy's layers have several block tables.
+        """
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.engine = Engine.of(vllm_config)
+        self.engine.rule(layer_names)
         self.engine.page = _page_shape(kv_cache_spec, self.num_heads // self.num_kv_heads)
         self.engine.book.page_bytes = kv_cache_spec.page_size_bytes
         self.engine.book.full_page_bytes = kv_cache_spec.unpadded_page_size_bytes
@@ -199,6 +215,23 @@ class RetentionMetadataBuilder(CPUAttentionMetadataBuilder):
 class RetentionImpl(CPUAttentionBackendImpl):
     """Append, attend, observe, evict: design order, for every row of a batch."""
 
+    def __new__(
+        cls,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        alibi_slopes: list[float] | None,
+        sliding_window: int | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Make vLLM's own implementation for a layer that attends to a sliding window."""
+        if sliding_window is None:
+            return super().__new__(cls)
+        sizes = (num_heads, head_size, scale, num_kv_heads)
+        return SlidingImpl(*sizes, alibi_slopes, sliding_window, *args, **kwargs)
+
     def __init__(self, num_heads: int, head_size: int, *args: Any, **kwargs: Any) -> None:
         """Refuse engines and layers under which the policy could not keep its promises."""
         super().__init__(num_heads, head_size, *args, **kwargs)
@@ -222,7 +255,6 @@ class RetentionImpl(CPUAttentionBackendImpl):
     def _check_layer(self) -> None:
         """Refuse attention that is more than a causal softmax over keys."""
         features = {
-            "sliding windows": self.sliding_window != -1,
             "ALiBi": self.alibi_slopes is not None,
             "logit soft-capping": self.logits_soft_cap != 0,
             "attention sinks as parameters": self.sinks is not None,
@@ -242,7 +274,7 @@ class RetentionImpl(CPUAttentionBackendImpl):
         if self.rotary is not None:
             return
         for applies, what, instead in (
-            (_reindexes(policy), "rope=reindex", "use rope=keep"),
+            (reindexes(policy), "rope=reindex", "use rope=keep"),
             (memory_policy(policy) is not None, "its memory", "use a policy that only evicts"),
         ):
             if applies:
@@ -384,10 +416,6 @@ class RetentionImpl(CPUAttentionBackendImpl):
             self._kernel = Kernel.over(kv_cache, layer.isa, self.scale)
             self._pages = Pages.of(kv_cache, layer.isa, self.engine.scratch)
             self.engine.book.layers[self._index] = self._pages
-
-
-def _reindexes(policy: Any) -> bool:
-    return isinstance(policy, EvictionPolicy) and policy.rope == "reindex"
 
 
 def _plain_rotary(config: Any, head_size: int) -> Rotary | None:

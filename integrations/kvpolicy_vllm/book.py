@@ -19,6 +19,7 @@ from kvpolicy_vllm.allotment import Allotment
 from kvpolicy_vllm.memory import PagedMemory
 from kvpolicy_vllm.metrics import Running
 from kvpolicy_vllm.pages import Pages, rows_of
+from kvpolicy_vllm.windows import Beside, SlidingGroup, beside
 
 logger = init_logger(__name__)
 
@@ -127,9 +128,10 @@ class Book:
 
     Attributes:
         allotted_by: Spec of the engine's policy.
-        layers: The pages of every layer, by layer index.
+        layers: The pages of every layer under the policy, by layer index.
         page_bytes: Bytes of a block in one layer, state included.
         full_page_bytes: Bytes of a block in one layer of stock vLLM.
+        sliding: What layers that no policy rules hold, by their names.
         accounts: Requests that are running or whose end is not known here yet.
         ledgers: Finished requests.
         states: Retained positions of finished requests, by layer.
@@ -142,6 +144,7 @@ class Book:
     layers: dict[int, Pages] = field(default_factory=dict)
     page_bytes: int = 0
     full_page_bytes: int = 0
+    sliding: dict[tuple[str, ...], SlidingGroup] = field(default_factory=dict)
     accounts: dict[str, Account] = field(default_factory=dict)
     ledgers: OrderedDict[str, RequestLedger] = field(default_factory=OrderedDict)
     states: OrderedDict[str, dict[int, Tensor]] = field(default_factory=OrderedDict)
@@ -217,22 +220,24 @@ class Book:
     def _ledger(self, account: Account, blocks: Sequence[int]) -> RequestLedger:
         """Measured figures of a request; tokens are means over layers and KV heads.
 
-        Without blocks they leave out what these hold.
+        Blocks and bytes are also those of layers that attend to a sliding window. Without
+        blocks they leave out what these hold.
         """
         block_size = next(iter(self.layers.values())).block_size
         evicted = _plain(account.evicted_cells / self._num_heads)
         num_layers, policy, num_blocks = len(self.layers), account.policy, len(blocks)
-        full_blocks = -(-account.tokens // block_size)
+        full_blocks, beside = -(-account.tokens // block_size), self._beside(account)
         return RequestLedger(
             policy=str(policy),
             logical_tokens=account.tokens,
             retained=account.tokens - evicted,
             evicted=evicted,
             slots_held=account.tokens - evicted + policy.occupancy.state_slots,
-            blocks_held=num_blocks,
-            bytes_held=num_blocks * self.page_bytes * num_layers,
+            blocks_held=num_blocks + beside.blocks,
+            bytes_held=num_blocks * self.page_bytes * num_layers + beside.num_bytes,
             bytes_saved=(full_blocks * self.full_page_bytes - num_blocks * self.page_bytes)
-            * num_layers,
+            * num_layers
+            + beside.bytes_saved,
             evictions=account.allotment.law.evictions(account.tokens),
             policy_seconds=account.policy_seconds,
             merged=self._merged(account, blocks, evicted) if blocks else 0,
@@ -257,9 +262,13 @@ class Book:
                 self.contain(account, Fault(account.tokens, layer, reason))
         return _plain(total / max(len(account.memories), 1))
 
+    def _beside(self, account: Account) -> Beside:
+        """What layers that no policy rules hold of a request."""
+        return beside(self.sliding.values(), account.tokens)
+
     @property
     def _num_heads(self) -> int:
-        """KV heads of all layers."""
+        """KV heads of all layers under the policy."""
         return sum(pages.positions.shape[1] for pages in self.layers.values())
 
     def retained(self, request_id: str, blocks: Sequence[int]) -> dict[int, Tensor]:
@@ -276,7 +285,13 @@ class Book:
         for request_id, count in num_blocks.items():
             account = self.accounts[request_id]
             retained = account.tokens - account.evicted_cells / self._num_heads
-            yield Running(account.policy, retained, count, count * block_bytes)
+            beside = self._beside(account)
+            yield Running(
+                account.policy,
+                retained,
+                count + beside.blocks,
+                count * block_bytes + beside.num_bytes,
+            )
 
     def report(self, open_blocks: Mapping[str, Sequence[int]]) -> dict[str, Any]:
         """Ledgers of requests, their totals, and the KV heads they speak for; JSON-ready.

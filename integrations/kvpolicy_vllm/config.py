@@ -161,6 +161,11 @@ def check_capture(policy: CachePolicy) -> None:
         )
 
 
+def reindexes(policy: CachePolicy) -> bool:
+    """Whether positions of a policy's tokens are their ranks in the cache."""
+    return isinstance(policy, EvictionPolicy) and policy.rope == "reindex"
+
+
 def keeps_everything(policy: CachePolicy) -> bool:
     """Whether requests under a policy can be recorded."""
     return policy.occupancy.capacity is None
@@ -356,6 +361,10 @@ def features_in_use(vllm_config: "VllmConfig") -> dict[str, bool]:
         "models without attention": model.is_attention_free,
         "multimodal models": model.is_multimodal_model,
         "pooling models": model.runner_type == "pooling",
+        "sliding windows without the hybrid KV cache manager": (
+            bool(vllm_config.scheduler_config.disable_hybrid_kv_cache_manager)
+            and "sliding_attention" in (getattr(model.hf_text_config, "layer_types", None) or ())
+        ),
         "layers that share KV caches": (
             getattr(model.hf_text_config, "num_kv_shared_layers", 0) > 0
         ),
@@ -367,8 +376,8 @@ def _check_length(vllm_config: "VllmConfig", policy: CachePolicy) -> None:
     config = vllm_config.model_config.hf_text_config
     trained = getattr(config, "max_position_embeddings", None)
     longest = vllm_config.model_config.max_model_len
-    reindexed = isinstance(policy, EvictionPolicy) and policy.rope == "reindex"
-    if trained and longest > trained and policy.rope_beyond == "refuse" and not reindexed:
+    is_bound = policy.rope_beyond == "refuse" and not reindexes(policy)
+    if trained and longest > trained and is_bound:
         raise UnsupportedError(
             f"max_model_len={longest} exceeds the model's trained length of {trained} positions; "
             f"lower it, or write {policy.name}:...,rope_beyond=allow to run past it"

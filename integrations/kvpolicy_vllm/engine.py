@@ -1,6 +1,6 @@
 """What one engine's worker shares between attention, batch tracking and ledgers."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -55,6 +55,7 @@ class Engine:
         named_prompts: Tokens of the prompts, by request, where these are known. A session may
             lengthen its prompt later; its law follows the first one.
         has_layers: Whether a layer has been built with this host's attention.
+        ruled: Names of the layers under the policy; None before vLLM has made its pages.
         page: What a block holds of one head; None before vLLM has made its pages.
         scratch: Memory that all layers use in turn.
         runner: vLLM's model runner, which knows the requests; None where the engine was
@@ -71,6 +72,7 @@ class Engine:
     prompts: dict[int, int] = field(default_factory=dict)
     named_prompts: dict[str, int] = field(default_factory=dict)
     has_layers: bool = False
+    ruled: tuple[str, ...] | None = None
     page: PageShape | None = None
     scratch: Scratch = field(default_factory=Scratch)
     runner: "GPUModelRunner | None" = None
@@ -102,6 +104,21 @@ class Engine:
         """The engine of a configuration; None when it runs stock vLLM."""
         return _engines.get(vllm_config.instance_id)
 
+    def rule(self, layer_names: Sequence[str]) -> None:
+        """Note the layers under the policy, which share a block table.
+
+        Raises:
+            UnsupportedError: They do not, because there are more of them than sliding layers.
+        """
+        if self.ruled not in (None, tuple(layer_names)):
+            raise UnsupportedError(
+                f"kv_policy={self.policy}: vLLM splits this model's layers of full attention into "
+                f"groups with block tables of their own, {len(layer_names)} layers each, because "
+                "fewer layers attend to a sliding window; a policy needs one table for all of "
+                "them, so choose a model with as many sliding layers as others, or none"
+            )
+        self.ruled = tuple(layer_names)
+
     def request_id_of_row(self, row: int, block: int) -> str:
         """Name of the request in a row: vLLM's id, or a block of its own where that is unknown."""
         if self.runner is None:
@@ -114,7 +131,7 @@ class Engine:
         The model runner is not told which blocks went back to the pool after a prompt.
         """
         assert self.runner is not None, "only asked for where requests are known"
-        blocks = list(self.runner.requests[request_id].block_ids[0])
+        blocks = list(self.runner.requests[request_id].block_ids[self._group])
         if self.policy.occupancy.prompts != "bulk":
             return blocks
         assert self.page is not None, "requests come after vLLM has made its pages"
@@ -123,6 +140,13 @@ class Engine:
         law = self.allotment_of(self.policy).of_prompt(prompt).law
         tokens = self.book.accounts[request_id].tokens
         return blocks[: law.num_blocks(tokens, self.page.block_size)]
+
+    @property
+    def _group(self) -> int:
+        """Index of the block table of layers under the policy."""
+        assert self.runner is not None, "only asked for where requests are known"
+        groups = self.runner.kv_cache_config.kv_cache_groups
+        return next(i for i, g in enumerate(groups) if tuple(g.layer_names) == self.ruled)
 
     def close(self, request_ids: Iterable[str]) -> None:
         """Close the accounts of requests while their pages still stand."""

@@ -29,11 +29,17 @@ def header_of(
     """Describe a loaded model and what of it is recorded.
 
     Raises:
-        UnsupportedError: Its layers differ in their dimensions.
+        UnsupportedError: Its layers differ in their dimensions, or some of them attend to a
+            sliding window.
     """
     config = vllm_config.model_config
     context = vllm_config.compilation_config.static_forward_context
     layers: list[Any] = [layer for layer in context.values() if isinstance(layer, Attention)]
+    if any(layer.sliding_window is not None for layer in layers):
+        raise UnsupportedError(
+            f"capture records what attends to all tokens, and some layers of {config.model} attend "
+            "to a sliding window; choose another model"
+        )
     shapes = {(x.num_heads, x.num_kv_heads, x.head_size, float(x.impl.scale)) for x in layers}
     if len(shapes) != 1:
         raise UnsupportedError(

@@ -41,7 +41,6 @@ class RetentionSpec(AttentionSpec):
         occupancy: The server policy's law.
     """
 
-    dcp_sharded: bool = False
     occupancy: Occupancy
 
     @classmethod
@@ -59,8 +58,12 @@ class RetentionSpec(AttentionSpec):
         )
 
     @property
-    def prefix_cacheable(self) -> bool:
-        """Only if prompts stay as they are: a block that a policy rewrote is one request's."""
+    def shares_prompts(self) -> bool:
+        """Only if prompts stay as they are: a block that a policy rewrote is one request's.
+
+        Nothing is found otherwise, but looked for: a hit is the shortest among the groups of
+        layers, and layers that attend to a sliding window would find some by themselves.
+        """
         return self.occupancy.prompts == "keep"
 
     @property
@@ -88,7 +91,7 @@ class RetentionManager(SingleTypeKVCacheManager):
         super().__init__(kv_cache_spec, *args, **kwargs)
         self._prompts: OrderedDict[str, int] = OrderedDict()
         self._owners: WeakValueDictionary[int, Request] = WeakValueDictionary()
-        if kv_cache_spec.prefix_cacheable:
+        if kv_cache_spec.shares_prompts:
             # The class method that vLLM declares would not know whose hashes it is given.
             self.find_longest_cache_hit = self._find_within_prompt
 
@@ -174,7 +177,7 @@ class RetentionManager(SingleTypeKVCacheManager):
 
     def cache_blocks(self, request: "Request", num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """Offer whole blocks of prompt tokens to other requests, where prompts are kept."""
-        if self.kv_cache_spec.prefix_cacheable:
+        if self.kv_cache_spec.shares_prompts:
             self._owners[id(request.block_hashes)] = request
             prompt = self._prompts[request.request_id]
             super().cache_blocks(request, min(num_tokens, prompt), *args, **kwargs)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from kvpolicy import KVPolicyError
+from kvpolicy.model_facts import windows_of
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -228,7 +229,8 @@ def _generate(plan: Plan, policy: str | None, llm: "LLM") -> Generation:
     outputs = llm.generate(_inputs(plan), _sampling(plan), use_tqdm=False)
     names = [] if policy is None else [output.request_id for output in outputs]
     ledgers = ledger(llm)["requests"] if names else {}
-    layers = range(llm.llm_engine.vllm_config.model_config.hf_config.num_hidden_layers)
+    windows = windows_of(llm.llm_engine.vllm_config.model_config.hf_text_config)
+    layers = [layer for layer, window in enumerate(windows) if window is None]
     return Generation(
         policy=policy,
         max_concurrency=_max_concurrency(llm),

@@ -203,7 +203,7 @@ def test_a_refused_engine_does_not_start(path, arguments, message):
 def test_sliding_window_models_are_refused(tmp_path):
     """A model with its own retention rule is refused, saying which."""
     save_model(random_mistral(sliding_window=64), tmp_path)
-    with pytest.raises(ValueError, match="sliding windows"):
+    with pytest.raises(ValueError, match="sliding windows in all layers"):
         start_engine(tmp_path, "window:budget=48")
 
 

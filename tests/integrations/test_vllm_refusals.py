@@ -34,6 +34,12 @@ ARGUMENTS: dict[str, list[dict[str, Any]]] = {
     "LoRA adapters without PolicyWorker": [{"enable_lora": True}],
     "pipeline parallelism without PolicyWorker": [{"pipeline_parallel_size": 2}],
     "pooling models": [{"runner": "pooling"}],
+    "sliding windows without the hybrid KV cache manager": [
+        {
+            "disable_hybrid_kv_cache_manager": True,
+            "hf_overrides": {"layer_types": ["full_attention", "sliding_attention"]},
+        }
+    ],
 }
 """Arguments of an engine that use a feature."""
 
