@@ -2,21 +2,25 @@
 
 A gathered copy of the keys takes longer than the products themselves. Compiled by numba at its
 first call, seconds once and then kept on disk; nothing is compiled when this module is imported.
-It serves float32 pages in the ``vec`` packing. One thread does all: vLLM binds its own threads
-to cores, and a second pool would fight them for these.
+It serves float32 pages in the ``vec`` packing.
 
 Axes: R rows, n blocks per row, H_kv KV heads, G query heads per KV head, D head dimension,
 P slots of a block, S = n P slots of a row.
 """
 
 from contextlib import suppress
+from functools import cache
+from typing import Any, NamedTuple
 
 import llvmlite.binding.ffi
 import numba
 import numpy as np
+import torch
+from torch import Tensor
 
+from kvpolicy_vllm.intrinsics import as_tuple, pointer, prefetch, take
 from kvpolicy_vllm.pages import Runs
-from kvpolicy_vllm.prefetch import prefetch
+from kvpolicy_vllm.threads import share
 
 # Infinite and missing numbers stay what they are; sums may run in vector registers.
 _FAST = {"nsz", "arcp", "contract", "reassoc"}
@@ -54,8 +58,50 @@ _C3, _C4, _C5 = (
 )
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
-def pooled_rows(memory, runs, blocks, visible, query, pooled, pool):  # noqa: ANN001, ANN201
+class _Call(NamedTuple):
+    """What a call of `pooled_rows` hands to the threads that share its work, int64 each.
+
+    Attributes:
+        taken: Tasks that threads have taken; the only number that changes.
+        memory: Address of the pages; those of the other tensors follow.
+        numbers: [X] of the pages, then R, H_kv, G, D, n and S.
+        first: `Runs` of the keys, field by field.
+        together: KV heads of a task.
+        pool: One of `POOLS`.
+    """
+
+    taken: int
+    memory: int
+    blocks: int
+    visible: int
+    query: int
+    pooled: int
+    numbers: int
+    rows: int
+    kv_heads: int
+    group: int
+    dim: int
+    num_blocks: int
+    num_slots: int
+    first: int
+    page: int
+    head: int
+    together: int
+    pool: int
+
+
+_FIELDS = len(_Call._fields)
+
+
+def pooled_rows(
+    memory: Tensor,
+    runs: Runs,
+    blocks: Tensor,
+    visible: Tensor,
+    query: Tensor,
+    pooled: Tensor,
+    pool: int,
+) -> None:
     """Softmax rows of one query per row and query head, reduced to KV heads.
 
     Args:
@@ -64,30 +110,71 @@ def pooled_rows(memory, runs, blocks, visible, query, pooled, pool):  # noqa: AN
         blocks: [R, n] int64.
         visible: [R] int64 slots that a row's query attends to.
         query: [R, H_kv, G, D] float32, scaled.
-        pooled: [R, H_kv, S] float32, written; zero for what is not visible.
+        pooled: [R, H_kv, S] float32, contiguous, written; zero for what is not visible.
         pool: One of `POOLS`.
     """
-    rows, kv_heads, group, _ = query.shape
-    size = pooled.shape[2] // blocks.shape[1]
-    logits = np.empty((kv_heads, group, pooled.shape[2]), np.float32)
-    powers = np.empty(pooled.shape[2], np.int32)
+    blocks, visible, query = blocks.contiguous(), visible.contiguous(), query.contiguous()
+    tensors = (memory, blocks, visible, query, pooled)
+    sizes = (memory.numel(), *query.shape, blocks.shape[1], pooled.shape[2])
+    rows, kv_heads = query.shape[:2]
+    # Heads of a page are read best by one thread, one after the other, where rows are enough.
+    together = kv_heads if rows >= torch.get_num_threads() else 1
+    addresses = (x.data_ptr() for x in tensors)
+    call = _Call._make((0, *addresses, *sizes, *runs, together, pool))
+    share(_compiled(), call, tasks=rows * (kv_heads // together))
+
+
+@cache
+def _compiled() -> Any:
+    """`_work` as a function that threads may run without the interpreter."""
+    signature = numba.void(numba.types.CPointer(numba.int64))
+    return numba.cfunc(signature, cache=True)(_work)
+
+
+def _work(place):  # noqa: ANN001, ANN202
+    """Take rows and KV heads of the `_Call` at a place until none is left."""
+    call = _Call(*as_tuple(numba.carray(place, _FIELDS), _FIELDS))
+    rows, kv_heads, group, dim = call.rows, call.kv_heads, call.group, call.dim
+    memory = numba.carray(pointer(call.memory, numba.float32), call.numbers)
+    blocks = numba.carray(pointer(call.blocks, numba.int64), (rows, call.num_blocks))
+    visible = numba.carray(pointer(call.visible, numba.int64), rows)
+    query = numba.carray(pointer(call.query, numba.float32), (rows, kv_heads, group, dim))
+    pooled = numba.carray(pointer(call.pooled, numba.float32), (rows, kv_heads, call.num_slots))
+    taken = numba.carray(place, 1)
+    parts = -(-kv_heads // call.together)
+    task = take(taken)
+    while task < rows * parts:
+        row, part = divmod(task, parts)
+        heads = slice(part * call.together, (part + 1) * call.together)
+        keys = Runs(call.first + heads.start * call.head, call.page, call.head)
+        reduced = pooled[row, heads]
+        _pool(memory, keys, blocks[row], visible[row], query[row, heads], reduced, call.pool)
+        task = take(taken)
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _pool(memory, keys, blocks, seen, query, pooled, pool):  # noqa: ANN001, ANN202
+    """Softmax rows of heads' queries [H_kv, G, D] over their keys, reduced to [H_kv, S]."""
+    kv_heads, group, _ = query.shape
+    num_slots = pooled.shape[1]
+    size = num_slots // len(blocks)
+    logits = np.empty((kv_heads, group, num_slots), np.float32)
     products = np.empty((group, size), np.float32)
-    for row in range(rows):
-        seen = visible[row]
-        count = -(-seen // size) * kv_heads
-        for run in range(count):  # in the order in which they lie in a page
-            block, head = divmod(run, kv_heads)
-            start = _start(runs, blocks[row, block], head)
-            block_ahead, head_ahead = divmod(min(run + _AHEAD, count - 1), kv_heads)
-            ahead = _start(runs, blocks[row, block_ahead], head_ahead)
-            _multiply(memory, start, ahead, query[row, head], products)
-            logits[head, :, block * size : (block + 1) * size] = products
-        for head in range(kv_heads):
-            reduced = pooled[row, head]
-            reduced[:] = 0
-            for member in range(group):
-                total = _exponentiate(logits[head, member], powers, seen)
-                _reduce(logits[head, member], reduced, seen, total, group, pool)
+    powers = np.empty(num_slots, np.int32)
+    count = -(-seen // size) * kv_heads
+    for run in range(count):  # in the order in which they lie in a page
+        block, head = divmod(run, kv_heads)
+        start = _start(keys, blocks[block], head)
+        block_ahead, head_ahead = divmod(min(run + _AHEAD, count - 1), kv_heads)
+        ahead = _start(keys, blocks[block_ahead], head_ahead)
+        _multiply(memory, start, ahead, query[head], products)
+        logits[head, :, block * size : (block + 1) * size] = products
+    for head in range(kv_heads):
+        reduced = pooled[head]
+        reduced[:] = 0
+        for member in range(group):
+            total = _exponentiate(logits[head, member], powers, seen)
+            _reduce(logits[head, member], reduced, seen, total, group, pool)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -108,7 +195,7 @@ def _multiply(memory, start, ahead, query, products):  # noqa: ANN001, ANN202
     for d in range(0, dim, 4):
         at = start + d * size
         for line in range(d * size, (d + 4) * size, _LANES):
-            prefetch(memory, ahead + line)  # pyright: ignore[reportCallIssue]: numba's typing context is not given
+            prefetch(memory, ahead + line)
         first, second = memory[at : at + size], memory[at + size : at + 2 * size]
         third, fourth = memory[at + 2 * size : at + 3 * size], memory[at + 3 * size : at + 4 * size]
         for member in range(group):
@@ -205,9 +292,7 @@ def fold_rows(memory, runs, blocks, visible, pooled, fading, gain):  # noqa: ANN
 
 def prepare() -> None:
     """Compile what this module computes, or load what an earlier run compiled."""
-    memory, numbers = np.zeros(16, np.float32), np.zeros((1, 1, 1), np.float32)
-    runs, blocks, visible = Runs(0, 0, 0), np.zeros((1, 1), np.int64), np.ones(1, np.int64)
-    query = np.zeros((1, 1, 1, 4), np.float32)
-    pooled_rows(memory, runs, blocks, visible, query, numbers, _MEAN)
-    ones = np.ones(1, np.float32)
-    fold_rows(memory, runs, blocks, visible, numbers, ones, ones)
+    _compiled()
+    memory, pooled = np.zeros(1, np.float32), np.zeros((1, 1, 1), np.float32)
+    blocks, visible, ones = np.zeros((1, 1), np.int64), np.ones(1, np.int64), np.ones(1, np.float32)
+    fold_rows(memory, Runs(0, 0, 0), blocks, visible, pooled, ones, ones)

@@ -121,12 +121,12 @@ def _rows_in_place(
     policy, kv_heads = decision.policy, pages.runs.shape[1]
     rows = torch.empty(len(query), kv_heads, decision.blocks.shape[1] * pages.block_size)
     attention_rows.pooled_rows(
-        pages.memory.numpy(),
+        pages.memory,
         pages.key_runs,
-        decision.blocks.numpy(),
-        decision.visible.numpy(),
-        (query * layer.scale).unflatten(1, (kv_heads, -1)).numpy(),
-        rows.numpy(),
+        decision.blocks,
+        decision.visible,
+        (query * layer.scale).unflatten(1, (kv_heads, -1)),
+        rows,
         POOLS["mean" if policy.scope_is_layer else policy.group_reduction],
     )
     return rows

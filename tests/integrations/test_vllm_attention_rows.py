@@ -8,7 +8,8 @@ import torch
 import kvpolicy
 from kvpolicy.attention import AttentionLayer
 from kvpolicy.selection import select_victims
-from kvpolicy_vllm import execution
+from kvpolicy_vllm import attention_rows, execution
+from kvpolicy_vllm import threads as sharing
 from kvpolicy_vllm.allotment import Allotment
 from kvpolicy_vllm.book import Account
 from kvpolicy_vllm.execution import decide
@@ -129,6 +130,31 @@ def test_blocks_of_a_kept_prompt_are_read_and_not_written():
     others = [block for block in range(1, NUM_BLOCKS) if block != kept]
     assert torch.equal(shared.accumulated[others], whole.accumulated[others])
     assert not torch.equal(whole.accumulated[kept], before[kept])
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_share_the_work(threads, rows, monkeypatch):
+    """However many threads take rows, or heads of a single one, every number is the same."""
+    pages, decision = (
+        filled_pages("vec", torch.float32, 32),
+        decision_of(kvpolicy.parse("h2o:budget=96"), 32),
+    )
+    query = torch.randn(rows, KV_HEADS, GROUP, DIM)
+    blocks, visible = decision.blocks[:rows], decision.visible[:rows]
+
+    def pooled() -> torch.Tensor:
+        found = torch.full((rows, KV_HEADS, blocks.shape[1] * 32), torch.nan)
+        arguments = (pages.memory, pages.key_runs, blocks, visible, query, found)
+        attention_rows.pooled_rows(*arguments, attention_rows.POOLS["mean"])
+        return found
+
+    alone = pooled()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert sharing._runtime() is not None
+    assert torch.equal(pooled(), alone)
+    monkeypatch.setattr(sharing, "_runtime", lambda: None)
+    assert torch.equal(pooled(), alone)
 
 
 def test_a_row_that_is_no_number_stays_alone():
