@@ -25,6 +25,11 @@ CHOICES = 3
 STALL_SECONDS = 300.0
 """Longest time in which nobody hears anything from a server that lives."""
 
+KEEP_ALIVE_SECONDS = 2.0
+"""How long an idle connection is used again. vLLM closes it after 5 seconds, which is httpx's own
+default: now and then a request would be sent on one that is just being closed, and get no answer.
+"""
+
 MANNERS = {"whole": 35, "stream": 35, "abort": 14, "several": 8, "bad": 8}
 """How often a client does what."""
 
@@ -102,7 +107,7 @@ class Load:
         Raises:
             TimeoutError: The server fell silent.
         """
-        limits = httpx.Limits(max_connections=None)
+        limits = httpx.Limits(max_connections=None, keepalive_expiry=KEEP_ALIVE_SECONDS)
         async with httpx.AsyncClient(
             base_url=self.url, timeout=STALL_SECONDS, trust_env=False, limits=limits
         ) as http:
