@@ -121,24 +121,31 @@ def contain(rows: "Sequence[Row]", layer: int, run: "Callable[[Row], None]", boo
         try:
             run(row)
         except Exception as error:
-            _contain_row(row, error, layer, run, book)
+            if not isinstance(row.policy, EvictionPolicy) or fallback_of(row.policy) is row.policy:
+                raise  # no policy's fault
+            reason = _reason(error)
+        else:
+            continue
+        _contain_row(row, reason, layer, run, book)
 
 
 def _contain_row(
-    row: "Row", error: Exception, layer: int, run: "Callable[[Row], None]", book: Book
+    row: "Row", reason: str, layer: int, run: "Callable[[Row], None]", book: Book
 ) -> None:
-    """Find the token at which a row's policy fails, and let the fallback go on from there."""
-    if not isinstance(row.policy, EvictionPolicy) or fallback_of(row.policy) is row.policy:
-        raise error  # no policy's fault
+    """Find the token at which a row's policy fails, and let the fallback go on from there.
+
+    Of errors only the reason is kept: one held here would hold this very frame, and with it the
+    tensors of all frames below, until Python looks for cycles.
+    """
     done, failing = 0, row.num_tokens
     while failing - done > 1:
         middle = (done + failing) // 2
         try:
             run(_tokens_of(row, done, middle))
             done = middle
-        except Exception as earlier:
-            error, failing = earlier, middle
-    book.contain(row.account, Fault(row.seen + failing, layer, _reason(error)))
+        except Exception as error:
+            reason, failing = _reason(error), middle
+    book.contain(row.account, Fault(row.seen + failing, layer, reason))
     run(replace(_tokens_of(row, done, row.num_tokens), policy=fallback_of(row.policy)))
 
 

@@ -1,6 +1,8 @@
 """A policy that fails harms no other request, and its own goes on under a window."""
 
+import gc
 import logging
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -328,6 +330,25 @@ def test_the_failing_token_is_found(failing):
     )
     assert done[len(before) :] == [(fallback_of(policy), 9 + failing, 14)]
     assert row.account.faults[5].token == 10 + failing
+
+
+def test_a_contained_failure_holds_nothing():
+    """What a failing policy computed goes at once, without waiting for Python to find cycles."""
+    computed = []
+
+    def run(row):
+        if isinstance(row.policy, Faulty):
+            tensor = torch.zeros(1)
+            computed.append(weakref.ref(tensor))
+            raise ValueError("now")
+
+    gc.disable()
+    try:
+        contain([a_row(Faulty(budget=8))], 0, run, Book())
+        assert len(computed) > 1
+        assert not any(ref() is not None for ref in computed)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
