@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -110,3 +111,19 @@ def test_planted_violation_is_found(package: str, module: str, source: str) -> N
 def test_permitted_import_is_not_reported(package: str, module: str, source: str) -> None:
     """Arrows towards the core and lazy imports of the command line are allowed."""
     assert violations(package, module, source) == []
+
+
+def test_numba_comes_from_where_vllm_starts_beside_it() -> None:
+    """Whoever compiles gets numba as `kvpolicy.compiler` leaves it, whose proxy vLLM can read."""
+    users = []
+    for package, root in SOURCES.items():
+        for path in root.rglob("*.py"):
+            names = {name for name, *_ in imports(ast.parse(path.read_text("utf-8")))}
+            if module_name(package, path) == "kvpolicy.compiler":
+                continue
+            if any(name.partition(".")[0] in ("numba", "llvmlite") for name in names):
+                assert "kvpolicy.compiler" in names, path
+            users += [path] if "kvpolicy.compiler" in names else []
+    assert len(users) > 2
+    import_module("kvpolicy.compiler")
+    assert isinstance(vars(import_module("llvmlite.binding.ffi").lib), dict)

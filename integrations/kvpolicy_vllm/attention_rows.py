@@ -8,27 +8,20 @@ Axes: R rows, n blocks per row, H_kv KV heads, G query heads per KV head, D head
 P slots of a block, S = n P slots of a row.
 """
 
-from contextlib import suppress
 from functools import cache
 from typing import Any, NamedTuple
 
-import llvmlite.binding.ffi
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
+from kvpolicy.compiler import numba
 from kvpolicy_vllm.intrinsics import as_tuple, pointer, prefetch, take
 from kvpolicy_vllm.pages import Runs
 from kvpolicy_vllm.threads import share
 
 # Infinite and missing numbers stay what they are; sums may run in vector registers.
 _FAST = {"nsz", "arcp", "contract", "reassoc"}
-
-# vLLM 0.32 reads `__dict__` of everything in every loaded module when an engine starts, and this
-# library's proxy answers with a C function. Answer it, so that both fit into one process.
-with suppress(AttributeError):
-    llvmlite.binding.ffi.lib._fntab.setdefault("__dict__", {})
 
 POOLS = {"mean": 0, "max": 1, "sum": 2}
 """Reductions from the query heads of a group to their KV head."""

@@ -2,11 +2,12 @@
 
 from typing import Any
 
-import numba
 from llvmlite import ir
 from numba.core import cgutils
 from numba.extending import intrinsic as typed_intrinsic
 from numba.np.unsafe.ndarray import to_fixed_tuple
+
+from kvpolicy.compiler import numba
 
 _BYTE, _INT, _LONG = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 # numba hands each of these its typing context, which callers leave out.

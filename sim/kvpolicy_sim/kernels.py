@@ -8,13 +8,11 @@ Axes: N query heads that decide together, Q tokens of a block, r rows (tokens wi
 C columns: the slots held at the block's start, then the block's own tokens, by position.
 """
 
-from contextlib import suppress
 from typing import NamedTuple
 
-import llvmlite.binding.ffi
-import numba
 import numpy as np
 
+from kvpolicy.compiler import numba
 from kvpolicy_sim.rules import LAST_ROW, POOL_MAX, POOL_MEAN, POSITION, RANDOM, SUM, Rule
 
 UNDERFLOW = np.float32(1e-20)
@@ -25,11 +23,6 @@ _TAKEN = np.uint64((1 << 64) - 1)
 
 # Infinite scores never occur; reassociation lets sums run in vector registers.
 _FAST = {"nsz", "arcp", "contract", "reassoc"}
-
-# vLLM 0.32 reads `__dict__` of everything in every loaded module when an engine starts, and this
-# library's proxy answers with a C function. Answer it, so that both fit into one process.
-with suppress(AttributeError):
-    llvmlite.binding.ffi.lib._fntab.setdefault("__dict__", {})
 
 
 class Columns(NamedTuple):

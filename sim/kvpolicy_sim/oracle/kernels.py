@@ -5,9 +5,9 @@ Axes: E evictions; T tokens, of which losses may leave out the newest, since the
 
 from typing import NamedTuple
 
-import numba
 import numpy as np
 
+from kvpolicy.compiler import numba
 from kvpolicy_sim.oracle.problem import Losses
 
 # Nothing here is ever NaN; reassociation lets sums run in vector registers.
