@@ -7,10 +7,14 @@ behind them as they are.
 """
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from kvpolicy import CachePolicy, Occupancy, UnsupportedError
 from kvpolicy.footprint import floats_beside, law_in_pages
 from kvpolicy.memory.policy import MemoryPolicy
+
+if TYPE_CHECKING:
+    from vllm.v1.kv_cache_interface import AttentionSpec
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,11 @@ class PageShape:
     head_dim: int
     element_bytes: int
     group: int
+
+    @classmethod
+    def of(cls, spec: "AttentionSpec", group: int) -> "PageShape":
+        """That of a layer of vLLM with so many query heads per KV head."""
+        return cls(spec.block_size, spec.head_size, spec.dtype.itemsize, group)
 
     @property
     def cell_bytes(self) -> int:

@@ -84,7 +84,7 @@ def run(llm: LLM, cases: Cases, spec: str) -> list[int | None]:
 @pytest.fixture
 def plans(monkeypatch) -> list:
     """All plans made meanwhile."""
-    from kvpolicy_vllm import backend, plan
+    from kvpolicy_vllm import builder, plan
 
     made: list[plan.Plan] = []
 
@@ -92,7 +92,7 @@ def plans(monkeypatch) -> list:
         made.append(plan.make_plan(*args))
         return made[-1]
 
-    monkeypatch.setattr(backend, "make_plan", make_plan)
+    monkeypatch.setattr(builder, "make_plan", make_plan)
     return made
 
 
@@ -121,10 +121,10 @@ def test_policies_may_mix_in_one_batch(engine, cases, mode):
 
 def test_preemption_and_recompute_change_nothing(engine, cases, mode, monkeypatch):
     """Requests lose their blocks in prompts and in answers, and compute both again in one chunk."""
-    from kvpolicy_vllm import backend
+    from kvpolicy_vllm import builder
 
     crossings: list[tuple[int, int]] = []
-    make_plan = backend.make_plan
+    make_plan = builder.make_plan
 
     def watch(rows, *args):
         crossings.extend(
@@ -132,7 +132,7 @@ def test_preemption_and_recompute_change_nothing(engine, cases, mode, monkeypatc
         )
         return make_plan(rows, *args)
 
-    monkeypatch.setattr(backend, "make_plan", watch)
+    monkeypatch.setattr(builder, "make_plan", watch)
     preempted: list[tuple[int, int]] = []
     tight = cycle([(9, 64), (10, 64), (10, 32)])
     for spec, (num_blocks, size) in zip(SPECS[mode], tight, strict=False):
