@@ -19,9 +19,14 @@ from fixtures.models import random_llama, random_prompt, save_model
 pytestmark = [pytest.mark.bench, pytest.mark.vllm]
 
 BUDGET, INTERVAL = 1024, 64
-STEPS, ROUNDS = 2 * INTERVAL, 5
-STOCK_LENGTH = BUDGET + INTERVAL // 2 - STEPS // 2
-"""Prompt of stock requests, whose mean length over the steps is then a policy's mean."""
+ROUNDS = 3
+"""Each of them as long as an interval, so that every policy evicts once in it."""
+
+TURN = 8
+"""Steps after which it is the next engine's turn."""
+
+STOCK_LENGTH = BUDGET + INTERVAL // 2 - ROUNDS * INTERVAL // 2
+"""Prompt of stock requests, whose mean length over the rounds is then a policy's mean."""
 
 SEGMENT = 1536
 POLICIES = {
@@ -112,12 +117,16 @@ def start_requests(llm: LLM, prompts: list[list[int]]) -> list[str]:
     return names
 
 
-def seconds_per_step(llm: LLM, steps: int) -> float:
-    """Mean time of a decoding step of the whole batch."""
-    begin = time.perf_counter()
-    for _ in range(steps):
-        llm.llm_engine.step()
-    return (time.perf_counter() - begin) / steps
+def seconds_per_step(engines: dict[str, LLM]) -> dict[str, float]:
+    """Mean time of a decoding step of the whole batch in one round, by engine."""
+    seconds = dict.fromkeys(engines, 0.0)
+    for _ in range(INTERVAL // TURN):
+        for name, llm in engines.items():
+            begin = time.perf_counter()
+            for _ in range(TURN):
+                llm.llm_engine.step()
+            seconds[name] += time.perf_counter() - begin
+    return {name: total / INTERVAL for name, total in seconds.items()}
 
 
 @pytest.mark.parametrize("batch", [1, 8])
@@ -129,10 +138,7 @@ def test_decode_ratio_to_stock(batch, model, engines, capsys):
         )
         for name, llm in engines.items()
     }
-    rounds = [
-        {name: seconds_per_step(llm, STEPS // ROUNDS) for name, llm in engines.items()}
-        for _ in range(ROUNDS)
-    ]
+    rounds = [seconds_per_step(engines) for _ in range(ROUNDS)]
     for name, requests in running.items():
         engines[name].llm_engine.abort_request(requests)
     with capsys.disabled():
