@@ -1,6 +1,7 @@
 """Requests with LoRA adapters equal models that have these merged into their weights."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from transformers import PreTrainedModel
@@ -10,7 +11,14 @@ from vllm.lora.request import LoRARequest
 import kvpolicy
 import kvpolicy_vllm
 from fixtures.adapters import RANK, save_adapter
-from fixtures.engines import assert_equals_reference, generate, reference, start_engine
+from fixtures.engines import (
+    SPREAD,
+    assert_equals_reference,
+    generate,
+    reference,
+    spread_engine,
+    start_engine,
+)
 from fixtures.models import certified_prompts
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -19,6 +27,13 @@ NUM_TOKENS = 20
 LENGTHS = (9, 47, 83, 61, 75, 100)
 SPECS = ("full", "window:budget=48", "h2o:budget=48", "tova:budget=40,interval=5")
 SHARING = "h2o:budget=24,protect=prompt"
+WITH_ADAPTERS: dict[str, Any] = {
+    "enable_lora": True,
+    "max_loras": 2,
+    "max_lora_rank": RANK,
+    "max_num_batched_tokens": 64,
+}
+"""Settings of an engine that has room for two adapters."""
 
 Adapted = tuple[LoRARequest | None, PreTrainedModel]
 """What a request brings, and the model that it then runs on."""
@@ -35,17 +50,14 @@ def adapted(model, tmp_path_factory) -> list[Adapted]:
     return made
 
 
-def started(path, spec: str) -> LLM:
-    """An engine that has room for two adapters."""
-    return start_engine(
-        path, spec, enable_lora=True, max_loras=2, max_lora_rank=RANK, max_num_batched_tokens=64
-    )
-
-
-@pytest.fixture(scope="module")
-def engine(path) -> Iterator[LLM]:
-    """An engine whose requests bring policies and adapters."""
-    return started(path, "full")
+@pytest.fixture(scope="module", params=["alone", *SPREAD])
+def engine(request, path) -> Iterator[LLM]:
+    """An engine whose requests bring policies and adapters, in one process or several."""
+    if request.param == "alone":
+        yield start_engine(path, "full", **WITH_ADAPTERS)
+        return
+    with spread_engine(request.param, path, "full", **WITH_ADAPTERS) as llm:
+        yield llm
 
 
 def certified(model: PreTrainedModel, spec: str, length: int) -> list[int]:
@@ -74,7 +86,7 @@ def test_adapters_mix_in_one_batch(engine, adapted, spec):
 
 def test_prompts_are_shared_under_the_same_adapter_only(path, adapted):
     """A kept prompt comes from the prefix cache for its own adapter, never for another."""
-    llm = started(path, SHARING)
+    llm = start_engine(path, SHARING, **WITH_ADAPTERS)
     prompt, found = certified(adapted[1][1], SHARING, 100), []
     for lora, merged in (*adapted, *adapted):
         [output] = generate(llm, [prompt], NUM_TOKENS, lora=[lora])

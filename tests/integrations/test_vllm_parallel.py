@@ -13,11 +13,12 @@ import kvpolicy
 import kvpolicy_vllm
 from fixtures.engines import (
     BLOCK_SIZE,
+    SPREAD,
     Reference,
     assert_equals_reference,
     generate,
     reference,
-    start_engine,
+    spread_engine,
 )
 from fixtures.faults import FaultyRank
 from fixtures.models import SHAPE, certified_prompts, random_prompt
@@ -34,11 +35,8 @@ LENGTHS = (9, 47, 83, 120)
 SERVER = "compressive:budget=96,memory=40,interval=24"
 """A policy whose allotment has room for all the others."""
 
-SPREAD: dict[str, dict[str, int]] = {
-    "heads": {"tensor_parallel_size": 2},
-    "layers": {"pipeline_parallel_size": 2},
-}
-"""What the two processes divide between them."""
+CHUNKED: dict[str, Any] = {"allow": [*kvpolicy.available()], "max_num_batched_tokens": 64}
+"""Settings under which prompts come in pieces, under any policy."""
 
 SPECS = (
     "window:budget=48",
@@ -72,22 +70,6 @@ def a_case(model: PreTrainedModel, spec: str, length: int) -> tuple[list[int], R
     return ids, reference(model, spec, ids, NUM_TOKENS)
 
 
-def started(path: Any, spec: str, spread: str) -> Iterator[LLM]:
-    """An engine of two worker processes, which end with the test."""
-    with pytest.MonkeyPatch.context() as patch:
-        # Two workers on one memory node have to be told their cores.
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-        llm = start_engine(
-            path,
-            spec,
-            allow=[*kvpolicy.available()],
-            max_num_batched_tokens=64,
-            **SPREAD[spread],
-        )
-    yield llm
-    llm.llm_engine.engine_core.shutdown()
-
-
 @pytest.fixture(scope="module", autouse=True)
 def known(tmp_path_factory) -> Iterator[None]:
     """Requests may name a policy that fails in one of two processes."""
@@ -102,7 +84,8 @@ def known(tmp_path_factory) -> Iterator[None]:
 @pytest.fixture(scope="module", params=SPREAD)
 def engine(request, path, known) -> Iterator[LLM]:
     """An engine whose requests bring their policies."""
-    yield from started(path, SERVER, request.param)
+    with spread_engine(request.param, path, SERVER, **CHUNKED) as llm:
+        yield llm
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -192,6 +175,6 @@ def test_trained_gates_are_those_of_their_heads(path, model, tmp_path, spread):
     save_file({"beta": torch.randn(2, 4)}, tmp_path / "gates.safetensors")
     spec = f"infini:segment=24,gate={tmp_path / 'gates.safetensors'}"
     prompts = [random_prompt(model, length, seed=length) for length in LENGTHS]
-    for llm in started(path, spec, spread):
+    with spread_engine(spread, path, spec, **CHUNKED) as llm:
         for ids, output in zip(prompts, generate(llm, prompts, NUM_TOKENS), strict=True):
             assert_equals_reference(llm, output, reference(model, spec, ids, NUM_TOKENS))
