@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from fixtures.reports import Dimensions, evictions, random_report
 from kvpolicy import parse
+from kvpolicy.axes import round_ticks, spread
 from kvpolicy_sim.page import png
-from kvpolicy_sim.page.charts import heat_map, labelled, round_ticks, spread
+from kvpolicy_sim.page.charts import heat_map, labelled
 from kvpolicy_sim.page.keys import keys_of
 from kvpolicy_sim.page.markup import NOTHING, element, figure, size
 from kvpolicy_sim.page.sections import OPACITY, opacity_levels
