@@ -32,7 +32,7 @@ COMMANDS = {
     "doctor": Command("kvpolicy.cli.doctor", "check this environment and say what to change"),
     "demo": Command("kvpolicy.cli.demo", "run real vLLM under several policies and compare"),
     "serve": Command("kvpolicy.cli.serve", "start vLLM's OpenAI server under a policy"),
-    "eval": Command("kvpolicy.cli.evaluate", "measure perplexity or passkey retrieval"),
+    "eval": Command("kvpolicy.cli.evaluate", "measure perplexity and retrieval under policies"),
     "capture": Command("kvpolicy.cli.capture", "record a trace of a model's attention"),
     "inspect": Command("kvpolicy.cli.inspection", "describe, verify, repair or cut a trace"),
     "replay": Command("kvpolicy.cli.replay", "replay a trace under policies"),

@@ -5,9 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import NoReturn
 
-from kvpolicy.errors import UnsupportedError
+from kvpolicy.errors import PolicyError, UnsupportedError
 from kvpolicy.policy import CachePolicy, EvictionPolicy
 from kvpolicy.registry import parse
+from kvpolicy.spec import split_spec
 
 _HOSTS = {"transformers": "hf", "vllm": "cpu or vllm"}
 """Packages that commands need, and the extras that bring them."""
@@ -80,6 +81,51 @@ def indices(text: str) -> list[int]:
             raise argparse.ArgumentTypeError(f"{part!r} is no index or range such as 4:8")
         found.extend(numbers)
     return found
+
+
+def sizes(least: int = 1) -> Callable[[str], list[int]]:
+    """A converter to different integers of at least `least`, ascending, as in ``32,64``."""
+
+    def convert(text: str) -> list[int]:
+        return sorted({positive(least)(part) for part in text.split(",")})
+
+    convert.__name__ = "integers"
+    return convert
+
+
+def with_budgets(specs: Sequence[str], budgets: Sequence[int]) -> list[str]:
+    """Complete the specs that lack a budget with each budget in turn.
+
+    Raises:
+        PolicyError: None lacks one, or a spec is malformed.
+    """
+    if not budgets:
+        return list(specs)
+    completed = [
+        [spec] if _is_complete(spec) else [_with_budget(spec, budget) for budget in budgets]
+        for spec in specs
+    ]
+    if completed == [[spec] for spec in specs]:
+        raise PolicyError(
+            "--budgets completes policies that lack a budget, and none does: leave the budget out "
+            "of a spec, or drop --budgets"
+        )
+    return [spec for each in completed for spec in each]
+
+
+def _is_complete(spec: str) -> bool:
+    """Whether a budget would not help: the spec has one, or needs none."""
+    if "budget" in split_spec(spec).parameters:
+        return True
+    try:
+        parse(spec)
+    except PolicyError:
+        return False
+    return True
+
+
+def _with_budget(spec: str, budget: int) -> str:
+    return f"{spec}{',' if ':' in spec else ':'}budget={budget}"
 
 
 def with_baselines(specs: Sequence[str]) -> list[CachePolicy]:

@@ -219,14 +219,21 @@ def differences(generation: Generation, reference: Sequence[GreedyRun]) -> list[
 def _add_perplexities(
     rows: Sequence[Row], checkpoint: Checkpoint, limit: int, steps: Steps
 ) -> None:
-    from kvpolicy_hf.perplexity import cut_windows, score_windows
+    from kvpolicy.evaluation.result import Evaluation
+    from kvpolicy.evaluation.run import evaluate
+    from kvpolicy.evaluation.source import Source
+    from kvpolicy.evaluation.tasks.ppl import Perplexity
+    from kvpolicy_hf.closed_loop import ClosedLoop
 
-    windows = cut_windows(checkpoint, heldout_text(), WINDOW_TOKENS, limit)
-    advance = steps.begin("held-out perplexity", windows.numel() * len(rows), "tokens")
+    task, source = Perplexity(), Source(heldout_text(), checkpoint.encode, checkpoint.start)
+    samples = {WINDOW_TOKENS: task.samples(source, WINDOW_TOKENS, limit, seed=0)}
+    tokens = WINDOW_TOKENS * len(samples[WINDOW_TOKENS]) * len(rows)
+    advance = steps.begin("held-out perplexity", tokens, "tokens")
     policies = [parse(row.policy) for row in rows]
-    scores = score_windows(checkpoint.model, windows, policies, advance)
-    for row, score in zip(rows, scores, strict=True):
-        row.perplexity = score.perplexity
+    runs = evaluate(ClosedLoop(checkpoint.model), samples, policies, advance=advance)
+    found = Evaluation(task, samples, runs)
+    for row, each in zip(rows, runs, strict=True):
+        row.perplexity = found.value(each)
 
 
 def _add_speeds(rows: Sequence[Row], trial: Trial, steps: Steps) -> None:

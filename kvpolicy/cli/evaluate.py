@@ -1,60 +1,69 @@
 """``kvpolicy eval``: closed-loop quality of policies, the full cache beside every number."""
 
 import argparse
-from collections.abc import Callable, Sequence
-from functools import partial
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from typing import Any, TypeAlias
 
-from rich.table import Table
-
-from kvpolicy.cli.arguments import add_policies, command_parser, positive, require, with_baselines
-from kvpolicy.cli.output import Output, figure, size, table
+from kvpolicy.cli.arguments import (
+    add_policies,
+    command_parser,
+    positive,
+    require,
+    sizes,
+    with_baselines,
+    with_budgets,
+)
+from kvpolicy.cli.output import Output
 from kvpolicy.cli.source import add_source, load_model, read_text
-from kvpolicy.footprint import Layout, floats_beside, peak_slots
+from kvpolicy.errors import PolicyError
+from kvpolicy.evaluation.sample import Sample
+from kvpolicy.evaluation.source import Source
+from kvpolicy.evaluation.task import Task
+from kvpolicy.evaluation.tasks import TASKS
 from kvpolicy.ledger import SEMANTICS
-from kvpolicy.memory.policy import MemoryPolicy
-from kvpolicy.model_facts import windows_of
 from kvpolicy.policy import CachePolicy
 
-# The host's types: this package may import hosts only inside functions.
-Checkpoint: TypeAlias = Any
-WindowScores: TypeAlias = Any
+# Types of modules that load tensor libraries: this one is imported for `--help` too.
+ClosedLoop: TypeAlias = Any
+Evaluation: TypeAlias = Any
 
 EXAMPLES = """
   kvpolicy eval --policy window:budget=128 h2o:budget=128
   kvpolicy eval --policy tova:budget=256 --context 2048 --text book.txt --json result.json
-  kvpolicy eval --task passkey --policy h2o:budget=256 --context 1024
+  kvpolicy eval --policy window h2o tova --budgets 32,64,128,256 --plot ppl.svg --resume cells.jsonl
+  kvpolicy eval --task passkey --policy h2o:budget=256 --context 512,1024,2048
+  kvpolicy eval --task recall --question unseen --policy snapkv:budget=256 --pairs 32
+  kvpolicy eval --task reuse --policy window:budget=512 h2o:budget=512 --context 2048
 """
+
+OPTIONS = {"prompt_tokens": "prompt_len", "question": "question", "pairs": "pairs"}
+"""Settings of tasks, and the options that bring them; not every task has each."""
 
 
 def run(arguments: Sequence[str]) -> int:
     """Evaluate policies on a task."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    policies = with_baselines(options.policy)
+    task = _task(options)
+    policies = with_baselines(with_budgets(options.policy, options.budgets or ()))
+    _require_seen(options, policies)
+    if options.plot and not any(getattr(policy, "budget", None) for policy in policies):
+        raise PolicyError("--plot draws quality against budget, and no policy has one; add one")
     require("transformers")
     text = read_text(options)
-    output = Output(options.json, inputs=[options.text])
-    checkpoint = load_model(options)
-    task = _passkey if options.task == "passkey" else _perplexity
-    if options.task == "passkey" and options.prompt_len:
-        parser.error("--prompt-len is for --task ppl; in passkey, all that is asked is the prompt")
+    output = Output(
+        options.json,
+        inputs=[options.text],
+        others=[options.resume, options.csv, options.plot],
+    )
     try:
-        results = task(options, checkpoint, policies, text, output)
+        evaluation, host = _evaluate(options, task, policies, text, output)
     except ValueError as error:
         parser.error(str(error))
-    output.json(
-        {
-            "schema": 1,
-            "semantics": SEMANTICS,
-            "model": options.model or "bundled",
-            "task": options.task,
-            "context": options.context,
-            "prompt_len": options.prompt_len,
-            "seed": options.seed,
-            "results": results,
-        }
-    )
+    _report(options, evaluation, host, output)
     return 0
 
 
@@ -68,21 +77,40 @@ def _parser() -> argparse.ArgumentParser:
     add_policies(parser)
     parser.add_argument(
         "--task",
-        choices=("ppl", "passkey"),
+        choices=TASKS,
         default="ppl",
-        help="ppl: perplexity of consecutive windows of the text; passkey: exact answers about "
-        "a number hidden in it (default: ppl)",
+        help="; ".join(f"{task.name}: {task.summary}" for task in TASKS.values())
+        + " (default: ppl)",
     )
     add_source(parser)
     parser.add_argument(
-        "--context", type=positive(8), default=1024, metavar="N", help="tokens (default: 1024)"
+        "--context",
+        type=sizes(8),
+        default=[1024],
+        metavar="N[,N]",
+        help="tokens of a sample; several to compare (default: 1024)",
     )
     parser.add_argument(
         "--samples",
         type=positive(),
         default=20,
         metavar="N",
-        help="most windows of ppl, or prompts of passkey (default: 20)",
+        help="samples of each context; ppl: at most, as the text allows (default: 20)",
+    )
+    parser.add_argument(
+        "--budgets",
+        type=sizes(),
+        metavar="N,N",
+        help="complete policies that lack a budget with each of these",
+    )
+    parser.add_argument(
+        "--question",
+        choices=("seen", "unseen"),
+        help="passkey, recall, needle: whether the question belongs to the prompt, behind which "
+        "prefill=bulk evicts, or comes after it (default: seen, by policies that can)",
+    )
+    parser.add_argument(
+        "--pairs", type=positive(), metavar="N", help="recall, reuse: pairs (default: 16)"
     )
     parser.add_argument(
         "--prompt-len",
@@ -91,139 +119,147 @@ def _parser() -> argparse.ArgumentParser:
         help="ppl: first tokens of each window that are its prompt and are not predicted; what "
         "prefill=bulk and protect=prompt need (default: none)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the prompts (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
+    parser.add_argument(
+        "--resume",
+        metavar="FILE",
+        help="note what is finished in FILE, and go on from it if it exists",
+    )
+    parser.add_argument("--csv", metavar="FILE", help="write figures and curves as a table")
+    parser.add_argument("--plot", metavar="FILE", help="draw quality against budget, as SVG")
     return parser
 
 
-def _perplexity(
+def _task(options: argparse.Namespace) -> Task:
+    """The task that the options describe.
+
+    Raises:
+        PolicyError: An option is for other tasks.
+    """
+    chosen = {
+        setting: value
+        for setting, option in OPTIONS.items()
+        if (value := getattr(options, option)) is not None
+    }
+    for setting in chosen:
+        having = [name for name, task in TASKS.items() if setting in _settings_of(task)]
+        if options.task not in having:
+            raise PolicyError(
+                f"--{OPTIONS[setting].replace('_', '-')} is for --task {' or '.join(having)}, and "
+                f"{options.task} has no use for it; drop it"
+            )
+    return TASKS[options.task](**chosen)
+
+
+def _settings_of(task: type[Task]) -> set[str]:
+    return {field.name for field in fields(task)}
+
+
+def _require_seen(options: argparse.Namespace, policies: Sequence[CachePolicy]) -> None:
+    """Refuse to call a question seen that some policy reads after evicting.
+
+    Raises:
+        PolicyError: One does, and ``--question seen`` was asked for.
+    """
+    if options.question != "seen":
+        return
+    for policy in policies:
+        law = policy.occupancy
+        if law.retained is not None and law.prompts == "stream":
+            raise PolicyError(
+                f"{policy} streams: it evicts the text before it reads the question, so none is "
+                "seen; add prefill=bulk to it, or ask with --question unseen"
+            )
+
+
+def _evaluate(
     options: argparse.Namespace,
-    checkpoint: Checkpoint,
+    task: Task,
     policies: Sequence[CachePolicy],
     text: str,
     output: Output,
-) -> list[dict[str, Any]]:
-    """Score windows and print the table."""
-    from kvpolicy_hf.perplexity import cut_windows, score_windows
+) -> tuple[Evaluation, ClosedLoop]:
+    """Load the model, make the samples and run them."""
+    from kvpolicy.evaluation.cells import CellFile, Cells
+    from kvpolicy.evaluation.result import Evaluation as Found
+    from kvpolicy.evaluation.run import evaluate
+    from kvpolicy_hf.closed_loop import ClosedLoop as Transformers
 
-    windows = cut_windows(checkpoint, text, options.context, options.samples)
+    checkpoint = load_model(options)
+    source = Source(text, checkpoint.encode, checkpoint.start)
+    samples = {
+        context: task.samples(source, context, options.samples, options.seed)
+        for context in options.context
+    }
+    host, cells = Transformers(checkpoint.model), Cells()
+    if options.resume:
+        cells = CellFile(options.resume, _settings(options, task, samples, host))
+    tokens = sum(len(sample.tokens) for group in samples.values() for sample in group)
     with output.progress() as steps:
-        advance = steps.begin("perplexity", windows.numel() * len(policies), "tokens")
-        prompt = options.prompt_len or 0
-        scores = score_windows(checkpoint.model, windows, policies, advance, prompt)
-    bytes_of = partial(_bytes_per_request, checkpoint, options.context, prompt)
-    output.print(_perplexity_table(scores, bytes_of))
-    output.print(
-        f"\n{len(windows)} windows of {options.context} tokens"
-        + (f", of which the first {prompt} are the prompt" if prompt else "")
-        + "; `against full` is the ratio of perplexities, two standard errors, paired by window"
-    )
-    return [
-        _result(
-            score.policy,
-            ppl=score.perplexity,
-            ppl_ratio=score.ratio_interval(scores[0]),
-            logit_kl=score.mean_kl,
-            top1_agreement=score.mean_agreement,
-            bytes_per_request=bytes_of(score.policy),
-            tokens=score.tokens,
-            seconds=score.seconds,
-        )
-        for score in scores
-    ]
+        advance = steps.begin(task.name, tokens * len(policies), "tokens")
+        runs = evaluate(host, samples, policies, cells, advance)
+    return Found(task, samples, runs), host
 
 
-def _perplexity_table(
-    scores: Sequence[WindowScores], bytes_of: Callable[[CachePolicy], int]
-) -> Table:
-    """One line per policy."""
-    rows = table("policy", "bytes", "ppl", "against full", "KL", "top-1", "tokens/s")
-    for score in scores:
-        interval = None if score is scores[0] else score.ratio_interval(scores[0])
-        rows.add_row(
-            str(score.policy),
-            size(bytes_of(score.policy)),
-            figure(score.perplexity),
-            "-" if interval is None else f"x {interval[0]:.3f} .. {interval[1]:.3f}",
-            figure(score.mean_kl, 4),
-            figure(100 * score.mean_agreement, 1) + " %",
-            figure(score.tokens / score.seconds, 0),
-        )
-    return rows
-
-
-def _passkey(
+def _settings(
     options: argparse.Namespace,
-    checkpoint: Checkpoint,
-    policies: Sequence[CachePolicy],
-    text: str,
-    output: Output,
-) -> list[dict[str, Any]]:
-    """Ask for pass keys and print the table."""
-    from kvpolicy_hf.passkey import make_questions, score_passkeys
+    task: Task,
+    samples: Mapping[int, Sequence[Sample]],
+    host: ClosedLoop,
+) -> dict[str, Any]:
+    """Whatever finished cells depend on beside policies."""
+    written = json.dumps({n: [asdict(s) for s in group] for n, group in samples.items()})
+    return {
+        "semantics": SEMANTICS,
+        "task": task.name,
+        **asdict(task),
+        "context": list(samples),
+        "samples": options.samples,
+        "seed": options.seed,
+        "rows": [host.batch_size(group) for group in samples.values()],
+        "text and tokenizer": hashlib.sha256(written.encode()).hexdigest(),
+        "model": host.fingerprint(),
+    }
 
-    questions = make_questions(checkpoint, text, options.context, options.samples, options.seed)
-    work = sum(len(question.prompt) + len(question.answer) for question in questions)
-    pad = checkpoint.tokenizer.pad_token_id or 0
-    with output.progress() as steps:
-        advance = steps.begin("passkey", work * len(policies), "tokens")
-        scores = score_passkeys(checkpoint.model, questions, policies, pad, advance)
-    longest = max(len(question.prompt) for question in questions)
-    bytes_of = partial(_bytes_per_request, checkpoint, options.context, longest)
-    rows = table("policy", "bytes", "passkey", "found", "tokens/s")
-    for score in scores:
-        rows.add_row(
-            str(score.policy),
-            size(bytes_of(score.policy)),
-            figure(100 * score.accuracy, 0) + " %",
-            f"{sum(score.found)}/{len(score.found)}",
-            figure(score.tokens / score.seconds, 0),
-        )
-    output.print(rows)
-    output.print(
-        f"\n{len(questions)} prompts of {options.context} tokens; the question comes last, so "
-        "a policy cannot know what will be asked when it evicts"
-        + (
-            ", unless it evicts behind the prompt (prefill=bulk)"
-            if any(policy.occupancy.prompts == "bulk" for policy in policies)
-            else ""
-        )
-    )
-    return [
-        _result(
-            score.policy,
-            passkey=score.accuracy,
-            bytes_per_request=bytes_of(score.policy),
-            tokens=score.tokens,
-            seconds=score.seconds,
-        )
-        for score in scores
+
+def _report(
+    options: argparse.Namespace, evaluation: Evaluation, host: ClosedLoop, output: Output
+) -> None:
+    """Print the tables and write what else was asked for."""
+    from kvpolicy.cli.evaluate_report import legend, plot, tables
+    from kvpolicy.evaluation.result import question_of
+
+    longest, question = max(evaluation.samples), getattr(evaluation.task, "question", None)
+    prompt = max(sample.prompt_tokens for sample in evaluation.samples[longest])
+    taken = [host.bytes_per_request(run.policy, longest, prompt) for run in evaluation.runs]
+    for each in tables(evaluation, taken, is_sweep=bool(options.budgets)):
+        output.print(each)
+    output.print(legend(evaluation))
+    results = [
+        {
+            **evaluation.as_dict(run),
+            "bytes_per_request": num_bytes,
+            "question": question and question_of(run.policy, question),
+        }
+        for run, num_bytes in zip(evaluation.runs, taken, strict=True)
     ]
-
-
-def _bytes_per_request(
-    checkpoint: Checkpoint, tokens: int, prompt: int, policy: CachePolicy
-) -> int:
-    """What a request of so many tokens takes at its fullest moment, memory and state included."""
-    config, element_bytes = checkpoint.model.config, checkpoint.model.dtype.itemsize
-    heads, head_dim = config.num_key_value_heads, config.head_dim
-    windows = [window for window in windows_of(config) if window is not None]
-    layout = Layout(
-        num_layers=config.num_hidden_layers - len(windows),
-        num_kv_heads=heads,
-        head_dim=head_dim,
-        element_bytes=element_bytes,
-        num_sliding=len(windows),
-        window=max(windows, default=1),
+    output.json(
+        {
+            "schema": 1,
+            "semantics": SEMANTICS,
+            "model": options.model or "bundled",
+            "task": options.task,
+            "context": longest,
+            "contexts": list(evaluation.samples),
+            "samples": {str(n): len(group) for n, group in evaluation.samples.items()},
+            "prompt_len": options.prompt_len,
+            "seed": options.seed,
+            "results": results,
+        }
     )
-    floats = floats_beside(policy, head_dim, config.num_attention_heads // heads)
-    rows = policy.hidden_rows if isinstance(policy, MemoryPolicy) else 0
-    hidden = config.num_hidden_layers * rows * config.hidden_size * element_bytes
-    law = policy.occupancy.of_prompt(prompt)
-    slots = layout.dense_bytes(peak_slots(law, tokens), floats)
-    return hidden + slots + layout.dense_window_bytes(tokens)
-
-
-def _result(policy: CachePolicy, **measured: Any) -> dict[str, Any]:
-    """One entry of the JSON: every key of the contract, null where not measured."""
-    tasks = dict.fromkeys(("ppl", "passkey", "recall", "logit_kl", "top1_agreement"))
-    return {"policy": str(policy), "budget": getattr(policy, "budget", None), **tasks, **measured}
+    if options.csv:
+        output.write(options.csv, evaluation.as_csv())
+        output.print(f"wrote {options.csv}")
+    if options.plot:
+        output.write(options.plot, plot(evaluation))
+        output.print(f"wrote {options.plot}")

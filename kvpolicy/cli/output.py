@@ -107,9 +107,14 @@ class Output:
             sys.stdout.write(text)
             sys.stdout.flush()
         else:
-            part = Path(f"{self._target}.part")
-            part.write_text(text, encoding="utf-8")
-            part.replace(self._target)
+            self.write(self._target, text)
+
+    @staticmethod
+    def write(target: str, text: str) -> None:
+        """Write a file completely or not at all."""
+        part = Path(f"{target}.part")
+        part.write_text(text, encoding="utf-8")
+        part.replace(target)
 
     @contextmanager
     def progress(self) -> Iterator["Steps"]:

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from kvpolicy import PolicyError
 from kvpolicy.bundled import heldout_text
 from kvpolicy.cli import main
-from kvpolicy.cli.arguments import with_baselines
+from kvpolicy.cli.arguments import with_baselines, with_budgets
 
 KEYS = {
     "policy",
@@ -186,17 +187,109 @@ def test_passkeys_are_scored_exactly_and_repeatably(capsys: pytest.CaptureFixtur
         assert entry["tokens"] == again["tokens"] > 0
 
 
-def test_passkey_prompts_spread_over_the_depth() -> None:
-    """Keys lie evenly from the beginning to the end, and prompts fit the context."""
-    import kvpolicy
-    from kvpolicy_hf.checkpoint import load_checkpoint
-    from kvpolicy_hf.passkey import make_questions
+def test_every_task_reports_its_figure_and_curve(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each task fills its own key, groups its targets and leaves the full cache ahead or equal."""
+    for task, by in (("recall", "place"), ("needle", "depth"), ("reuse", "lag")):
+        arguments = ("--task", task, "--context", "320", "--samples", "4")
+        result = evaluate(capsys, "--policy", "window:budget=32", *arguments)
+        full, _, window = result["results"]
+        assert 0 <= window[task] <= 1
+        assert sum(point["tokens"] for point in window["curve"]) == window["tokens"]
+        assert all(by in point for point in window["curve"])
+        assert window["logit_kl"] > full["logit_kl"] == 0
+    arguments = ("--task", "repeat", "--context", "320", "--samples", "4")
+    full, _, window = evaluate(capsys, "--policy", "window:budget=32", *arguments)["results"]
+    assert window["repeat"] > 1.5 * full["repeat"]
+    assert window["ppl_ratio"][0] > 1.5
 
-    checkpoint = load_checkpoint(kvpolicy.bundled_model())
-    questions = make_questions(checkpoint, heldout_text(), context=256, samples=20)
-    assert [question.depth for question in questions] == [(i + 0.5) / 20 for i in range(20)]
-    assert all(len(q.prompt) + len(q.answer) <= 256 for q in questions)
-    assert len({tuple(q.prompt) for q in questions}) == 20
+
+def test_the_prompts_end_matters_to_policies_that_wait_for_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Seen or unseen changes what bulk eviction predicts, and nothing else; JSON says who saw."""
+    specs = ("snapkv:budget=64,window=16", "h2o:budget=64")
+    arguments = ("--task", "passkey", "--context", "256", "--samples", "4", "--policy", *specs)
+    seen, unseen = (
+        {entry["policy"]: entry for entry in result["results"]}
+        for question in ([], ["--question", "unseen"])
+        for result in [evaluate(capsys, *arguments, *question)]
+    )
+    bulk, stream = specs
+    assert abs(seen[bulk]["logit_kl"] - unseen[bulk]["logit_kl"]) > 0.01
+    for spec in (stream, "full"):
+        assert seen[spec]["logit_kl"] == unseen[spec]["logit_kl"]
+    assert [seen[spec]["question"] for spec in specs] == ["seen", "unseen"]
+    assert [unseen[spec]["question"] for spec in specs] == ["unseen", "unseen"]
+
+
+def test_budgets_complete_the_specs_that_lack_one() -> None:
+    """Complete specs stay, the others are run at every budget."""
+    specs = ["h2o", "tova:scope=head", "full", "window:budget=8", "fam:block=8,slots=8"]
+    assert with_budgets(specs, [32, 64]) == [
+        "h2o:budget=32",
+        "h2o:budget=64",
+        "tova:scope=head,budget=32",
+        "tova:scope=head,budget=64",
+        "full",
+        "window:budget=8",
+        "fam:block=8,slots=8,budget=32",
+        "fam:block=8,slots=8,budget=64",
+    ]
+    assert with_budgets(["h2o:budget=0", "h2o"], [8]) == ["h2o:budget=0", "h2o:budget=8"]
+    assert with_budgets(["h2o"], []) == ["h2o"]
+    with pytest.raises(PolicyError, match="none does"):
+        with_budgets(["h2o:budget=8"], [32])
+
+
+def test_a_sweep_prints_policies_by_budget_and_writes_its_files(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One table per figure with a column per budget; CSV, plot and JSON have every policy."""
+    files = [str(tmp_path / name) for name in ("ppl.csv", "ppl.svg", "ppl.json")]
+    arguments = ["eval", "--policy", "window", "h2o", "--budgets", "16,32", "--text", str(text)]
+    targets = ("--csv", files[0], "--plot", files[1], "--json", files[2])
+    assert main([*arguments, "--context", "128", *targets]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "perplexity"
+    assert lines[1].split() == ["slots", "16", "32"]
+    assert [line.split()[0] for line in lines[2:6]] == ["sinks", "window", "h2o", "full"]
+    entries = json.loads(Path(files[2]).read_text("utf-8"))["results"]
+    assert len(entries) == 1 + 2 * 3
+    by_policy = {entry["policy"]: entry for entry in entries}
+    assert lines[4].split()[1] == f"{by_policy['h2o:budget=16']['ppl']:.2f}"
+    assert "h2o:budget=32" in Path(files[0]).read_text("utf-8")
+    assert ">h2o</text>" in Path(files[1]).read_text("utf-8")
+
+
+def test_a_resumed_evaluation_gives_the_same_figures(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file that lost its last cells gives the figures of the whole run; other settings exit 2."""
+    path = tmp_path / "cells.jsonl"
+    arguments = ("--policy", "h2o:budget=16", "--text", str(text), "--context", "128")
+    whole = evaluate(capsys, *arguments, "--resume", str(path))
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 1 + 3
+    path.write_bytes(b"".join(lines[:2]))
+    again = evaluate(capsys, *arguments, "--resume", str(path))
+    for before, after in zip(whole["results"], again["results"], strict=True):
+        assert {**before, "seconds": None} == {**after, "seconds": None}
+    others = ["--text", str(text), "--context", "64", "--resume", str(path)]
+    assert main(["eval", "--policy", "h2o:budget=16", *others]) == 2
+    error = capsys.readouterr().err
+    assert "context [128], now [64]" in error
+    assert error.count("\n") == 1
+
+
+def test_several_contexts_make_a_grid(capsys: pytest.CaptureFixture[str]) -> None:
+    """Pass keys by position and length: a point for each, and figures over all of them."""
+    arguments = ("--task", "passkey", "--samples", "5", "--policy", "window:budget=64")
+    result = evaluate(capsys, *arguments, "--context", "192,128")
+    assert (result["context"], result["contexts"]) == (192, [128, 192])
+    [*_, window] = result["results"]
+    assert [point["context"] for point in window["curve"]] == [128] * 5 + [192] * 5
+    mean = sum(point["passkey"] for point in window["curve"]) / 10
+    assert window["passkey"] == pytest.approx(mean)
 
 
 def test_text_goes_to_stdout_without_json(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -220,6 +313,16 @@ def test_text_goes_to_stdout_without_json(text: Path, capsys: pytest.CaptureFixt
         ["--policy", "h2o:budget=64,protect=prompt"],
         ["--policy", "h2o:budget=64", "--context", "64", "--prompt-len", "64"],
         ["--policy", "h2o:budget=64", "--task", "passkey", "--prompt-len", "64"],
+        ["--policy", "h2o:budget=64", "--task", "passkey", "--question", "seen"],
+        ["--policy", "h2o:budget=64", "--question", "unseen"],
+        ["--policy", "h2o:budget=64", "--task", "passkey", "--pairs", "4"],
+        ["--policy", "h2o:budget=64", "--task", "recall", "--pairs", "501"],
+        ["--policy", "h2o:budget=64", "--budgets", "32"],
+        ["--policy", "h2o", "--budgets", "0"],
+        ["--policy", "h2o"],
+        ["--policy", "full", "--plot", "full.svg"],
+        ["--policy", "h2o:budget=64", "--resume", "no/such/folder/cells.jsonl"],
+        ["--policy", "h2o:budget=64", "--context", "64,x"],
         ["--policy"],
     ],
 )

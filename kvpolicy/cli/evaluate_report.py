@@ -1,0 +1,181 @@
+"""What ``kvpolicy eval`` prints and draws."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+from rich.table import Table
+
+from kvpolicy.cli.output import figure, size, table
+from kvpolicy.evaluation.plot import Axes, Point, Series, draw
+from kvpolicy.evaluation.result import Comparison, Evaluation, Place, budget_of, series_of
+from kvpolicy.evaluation.run import Run
+
+MOST_COLUMNS = 8
+"""Groups that fit beside each other."""
+
+
+def tables(
+    evaluation: Evaluation, taken: Sequence[int], *, is_sweep: bool
+) -> Iterator[Table | str]:
+    """The tables to be printed, some below their titles.
+
+    Args:
+        evaluation: What was found.
+        taken: Bytes of a request under each policy.
+        is_sweep: Whether budgets stand in columns.
+    """
+    if is_sweep:
+        yield from _sweep(evaluation)
+        return
+    yield _policies(evaluation, taken)
+    yield ""
+    for context in evaluation.samples:
+        places = [place for place in evaluation.places if place[0] == context]
+        if 1 < len(places) <= MOST_COLUMNS:
+            by = evaluation.task.grouped_by
+            yield f"{evaluation.task.title} by {by}, {context:,} tokens"
+            yield _curve(evaluation, places)
+            yield ""
+
+
+def legend(evaluation: Evaluation) -> str:
+    """What was measured, and what the columns mean."""
+    lengths = " and ".join(
+        f"{len(group)} of {context:,} tokens" for context, group in evaluation.samples.items()
+    )
+    means = (
+        "ratios of perplexities"
+        if evaluation.task.measure == "perplexity"
+        else "differences in percentage points"
+    )
+    return (
+        f"samples: {lengths}; against: {means}, 95 % by paired bootstrap over samples; sinks: at "
+        "the same budget; KL, top-1: predictions beside the full cache's; differs: predictions "
+        "before the first other choice, median" + _asked(evaluation)
+    )
+
+
+def _asked(evaluation: Evaluation) -> str:
+    """Who had read the question when it evicted."""
+    question = getattr(evaluation.task, "question", None)
+    if question is None:
+        return ""
+    if question == "unseen":
+        return "; the question comes after the prompt, so no policy that evicts has seen it"
+    if any(run.policy.occupancy.prompts != "stream" for run in evaluation.runs):
+        return "; the question ends the prompt: prefill=bulk has seen it, who streams has not"
+    return "; the question comes last, and policies that stream have evicted by then"
+
+
+def _policies(evaluation: Evaluation, taken: Sequence[int]) -> Table:
+    """One line per policy."""
+    name = evaluation.task.name
+    rows = table(
+        "policy", "bytes", name, "against full", "sinks", "KL", "top-1", "differs", "tokens/s"
+    )
+    full = evaluation.runs[0]
+    for run, num_bytes in zip(evaluation.runs, taken, strict=True):
+        speed = evaluation.num_processed / run.seconds if run.seconds else None
+        rows.add_row(
+            str(run.policy),
+            size(num_bytes),
+            _value(evaluation, run),
+            "-" if run is full else _interval(evaluation, evaluation.compare(run, full)),
+            _beside_sinks(evaluation, run),
+            figure(evaluation.kl(run), 4),
+            figure(100 * evaluation.agreement(run), 1) + " %",
+            figure(evaluation.first_divergence(run), 0),
+            figure(speed, 0),
+        )
+    return rows
+
+
+def _curve(evaluation: Evaluation, places: Sequence[Place]) -> Table:
+    """The task's figure by group, one line per policy."""
+    heads = [_range(*group) for _, group in places]
+    rows = table("policy", *heads)
+    for run in evaluation.runs:
+        rows.add_row(str(run.policy), *(_value(evaluation, run, place) for place in places))
+    return rows
+
+
+def _sweep(evaluation: Evaluation) -> Iterator[Table | str]:
+    """Tables with a line per series of policies and a column per budget."""
+    full, lines = evaluation.runs[0], _lines(evaluation)
+    budgets = sorted({budget for runs in lines.values() for budget in runs})
+    contents: dict[str, Callable[[Run], str]] = {
+        evaluation.task.title: lambda run: _value(evaluation, run),
+        "against full": lambda run: _interval(evaluation, evaluation.compare(run, full)),
+        "against sinks": lambda run: _beside_sinks(evaluation, run),
+        "KL from the full cache, nats": lambda run: figure(evaluation.kl(run), 4),
+    }
+    for title, show in contents.items():
+        yield title
+        rows = table("slots", *map(str, budgets))
+        for label, runs in lines.items():
+            rows.add_row(label, *(show(runs[b]) if b in runs else "-" for b in budgets))
+        rows.add_row("full", *[show(full)] * len(budgets))
+        yield rows
+        yield ""
+
+
+def plot(evaluation: Evaluation) -> str:
+    """Draw quality against budget, the full cache as reference; some policy has a budget."""
+    task, full = evaluation.task, evaluation.runs[0]
+    lines = _lines(evaluation)
+    series = [
+        Series(
+            label,
+            [
+                Point(budget, evaluation.value(runs[budget]), evaluation.beside(runs[budget], full))
+                for budget in sorted(runs)
+            ],
+        )
+        for label, runs in lines.items()
+    ]
+    is_share = task.measure != "perplexity"
+    axes = Axes(
+        title=f"{task.title.capitalize()}, {' and '.join(map(str, evaluation.samples))} "
+        "tokens; 95 % intervals beside the full cache",
+        x="slots per KV head",
+        y="%" if is_share else "perplexity",
+        percent=is_share,
+    )
+    return draw(axes, series, ("full", evaluation.value(full)))
+
+
+def _lines(evaluation: Evaluation) -> dict[str, dict[int, Run]]:
+    """Policies with a budget, by what they have in common, then by budget."""
+    lines: dict[str, dict[int, Run]] = {}
+    for run in evaluation.runs:
+        budget = budget_of(run.policy)
+        if budget:
+            lines.setdefault(series_of(run.policy), {})[budget] = run
+    return lines
+
+
+def _value(evaluation: Evaluation, run: Run, place: Place | None = None) -> str:
+    value = evaluation.value(run, place)
+    if evaluation.task.measure == "perplexity":
+        return figure(value)
+    return figure(100 * value, 0) + " %"
+
+
+def _beside_sinks(evaluation: Evaluation, run: Run) -> str:
+    sinks = evaluation.sinks_beside(run)
+    return "-" if sinks is None else _interval(evaluation, evaluation.compare(run, sinks))
+
+
+def _interval(evaluation: Evaluation, found: Comparison) -> str:
+    """A comparison's interval; its value where there is a single sample."""
+    is_ratio = evaluation.task.measure == "perplexity"
+    ends = found.interval or (found.value,)
+    if is_ratio:
+        return " .. ".join(f"{end:.3f}" for end in ends)
+    return " .. ".join(f"{100 * end:+.0f}" for end in ends)
+
+
+def _range(low: float, high: float) -> str:
+    """A group's name: its range, or its number if it holds one."""
+    if high == low + 1:
+        return f"{low:g}"
+    return f"{low:g}..{high:g}"
