@@ -18,6 +18,9 @@ DASHES = ("", "7 4", "2 3")
 DODGE = 2.5
 """Pixels between the points of neighbouring series at one budget, so that intervals show."""
 
+MOST_MARKS = 8
+"""Places on the horizontal scale that are all named."""
+
 LOGARITHMIC_FROM = 3.0
 """Largest value in multiples of the smallest one from which on the scale is logarithmic."""
 
@@ -67,16 +70,23 @@ class Axes:
     percent: bool = False
 
 
-def draw(axes: Axes, series: Sequence[Series], reference: tuple[str, float] | None) -> str:
+def draw(
+    axes: Axes,
+    series: Sequence[Series],
+    reference: tuple[str, float] | None,
+    *,
+    dodge: float = DODGE,
+) -> str:
     """Draw lines over a logarithmic horizontal scale, beside a reference.
 
     Args:
         axes: Titles.
         series: Lines; at least one point altogether.
         reference: Label and value of a horizontal line.
+        dodge: Pixels between the points of neighbouring series that stand at one place.
     """
     points = [point for each in series for point in each.points]
-    xs = sorted({point.x for point in points})
+    xs = _marks([point.x for point in points])
     across = _scale([math.log(x) for x in xs], LEFT + 14, WIDTH - RIGHT - 14)
     values = [y for point in points for y in (point.y, *(point.interval or ()))]
     up = _upright(values + ([reference[1]] if reference else []), percent=axes.percent)
@@ -87,7 +97,7 @@ def draw(axes: Axes, series: Sequence[Series], reference: tuple[str, float] | No
         parts.append(_line([(LEFT, y), (WIDTH - RIGHT, y)], "#000", "5 4"))
         ends.append((reference[1], reference[0], "#000", "5 4"))
     for index, each in enumerate(series):
-        shift = DODGE * (index - (len(series) - 1) / 2)
+        shift = dodge * (index - (len(series) - 1) / 2)
         parts.append(_series(each, lambda x, s=shift: across(math.log(x)) + s, up, index))
     parts.append(_labels(ends, up))
     return (
@@ -120,8 +130,14 @@ def _upright(values: Sequence[float], *, percent: bool) -> _Upright:
     return _Upright(place, ticks)
 
 
-def _logarithmic(low: float, high: float) -> _Upright:
-    """A scale with marks at 1, 2 and 5 times powers of ten."""
+def _marks(xs: Sequence[float]) -> list[float]:
+    """What a horizontal scale is marked with: the places themselves, if they are few."""
+    places = sorted(set(xs))
+    return places if len(places) <= MOST_MARKS else _around(places[0], places[-1])
+
+
+def _around(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten, the outer ones at or beyond the ends."""
     marks = [
         factor * 10.0**power
         for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -129,7 +145,12 @@ def _logarithmic(low: float, high: float) -> _Upright:
     ]
     first = max((mark for mark in marks if mark <= low * 1.001), default=marks[0])
     last = min((mark for mark in marks if mark >= high / 1.001), default=marks[-1])
-    shown = [mark for mark in marks if first <= mark <= last]
+    return [mark for mark in marks if first <= mark <= last]
+
+
+def _logarithmic(low: float, high: float) -> _Upright:
+    """A scale by ratios."""
+    shown = _around(low, high)
     logarithms = _scale([math.log(mark) for mark in shown], HEIGHT - BOTTOM, TOP)
     return _Upright(lambda y: logarithms(math.log(y)), [(m, f"{m:,.10g}") for m in shown])
 
