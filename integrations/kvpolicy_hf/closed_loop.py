@@ -19,6 +19,7 @@ from kvpolicy.footprint import Layout, floats_beside, peak_slots
 from kvpolicy.memory.policy import MemoryPolicy
 from kvpolicy.model_facts import windows_of
 from kvpolicy_hf.cache import PolicyCache
+from kvpolicy_hf.support import attention_modules
 
 MOST_ROWS = 8
 
@@ -71,7 +72,7 @@ class ClosedLoop:
         digest = hashlib.sha256(self.model.config.to_json_string().encode())
         for name, weights in sorted(self.model.state_dict().items()):
             digest.update(name.encode())
-            digest.update(weights.cpu().contiguous().view(torch.uint8).numpy())
+            digest.update(weights.cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()
 
     def bytes_per_request(self, policy: CachePolicy, tokens: int, prompt: int) -> int:
@@ -83,7 +84,7 @@ class ClosedLoop:
             prompt: How many of them are its prompt.
         """
         config, element_bytes = self.model.config, self.model.dtype.itemsize
-        heads, head_dim = config.num_key_value_heads, config.head_dim
+        heads, head_dim = config.num_key_value_heads, attention_modules(self.model)[0].head_dim
         windows = [window for window in windows_of(config) if window is not None]
         layout = Layout(
             num_layers=config.num_hidden_layers - len(windows),

@@ -91,8 +91,9 @@ class CellFile(Cells):
         is_new = not self._path.exists() or self._path.stat().st_size == 0
         lines = [{"kvpolicy_eval": VERSION, "settings": self._settings}] if is_new else []
         text = "".join(json.dumps(x, allow_nan=False) + "\n" for x in [*lines, line])
-        with self._path.open("ab", buffering=0) as file:
+        with self._path.open("ab") as file:
             file.write(text.encode())
+            file.flush()
             os.fsync(file.fileno())
 
     def find(self, key: Key, samples: Sequence[Sample]) -> Cell | None:
@@ -109,6 +110,8 @@ class CellFile(Cells):
         return cell
 
     def _read(self) -> None:
+        if not self._path.is_file():
+            raise PolicyError(f"{self._path} is no file; give another one")
         size = self._path.stat().st_size
         if size > MOST_BYTES:
             raise PolicyError(

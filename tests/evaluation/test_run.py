@@ -1,6 +1,11 @@
 """Batches, finished cells and interruptions, with a host whose predictions are written down."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -57,6 +62,33 @@ def test_a_stopped_run_goes_on_to_the_same_results(tmp_path, stop):
 def without_seconds(line):
     """A line of the file, but for what depends on the clock."""
     return {**json.loads(line), "seconds": None}
+
+
+KILLED = """
+import os, signal, sys
+sys.path[:0] = {paths!r}
+from evaluation import test_run as cases
+class Killed(cases.Table):
+    def predict(self, batch, policy):
+        if len(self.asked) == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().predict(batch, policy)
+cells = cases.CellFile({path!r}, cases.SETTINGS)
+cases.evaluate(Killed(cases.CHANCES), cases.SAMPLES, cases.POLICIES, cells)
+"""
+
+
+def test_a_killed_process_leaves_its_finished_cells(tmp_path):
+    """After SIGKILL five cells are on disk, and going on from them gives the same results."""
+    path, tests = tmp_path / "cells.jsonl", Path(__file__).parents[1]
+    program = KILLED.format(paths=[str(tests)], path=str(path))
+    killed = subprocess.run([sys.executable, "-c", program], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(path.read_bytes().splitlines()) == 1 + 5
+    again = Table(CHANCES)
+    resumed = evaluate(again, SAMPLES, POLICIES, CellFile(path, SETTINGS))
+    assert shares(resumed) == shares(evaluate(Table(CHANCES), SAMPLES, POLICIES))
+    assert [spec for spec, _ in again.asked] == ["full", SPECS[2], *SPECS]
 
 
 @pytest.mark.parametrize("cut", [1, 10, 200])
@@ -149,6 +181,14 @@ def test_hostile_files_are_refused_and_left_alone(tmp_path, kind):
     with pytest.raises(PolicyError, match="give another file"):
         CellFile(path, SETTINGS)
     assert path.read_bytes() == HOSTILE[kind]
+
+
+def test_what_is_no_file_is_refused(tmp_path):
+    """A folder, or a pipe that nobody writes to, is refused without waiting for it."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(PolicyError, match="is no file"):
+            CellFile(path, SETTINGS)
 
 
 @pytest.mark.parametrize(

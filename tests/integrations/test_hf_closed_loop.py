@@ -8,6 +8,7 @@ import torch
 
 import kvpolicy
 from fixtures.caches import small_llama
+from fixtures.families import FAMILIES
 from fixtures.models import certified_prompts, random_prompt
 from kvpolicy import parse
 from kvpolicy.bundled import heldout_text
@@ -122,6 +123,14 @@ def test_a_file_of_another_model_is_refused(tmp_path):
     with pytest.raises(kvpolicy.PolicyError, match="model"):
         CellFile(path, other)
     assert {"model": host.fingerprint()} == settings
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bytes_of_a_full_cache_grow_with_its_tokens_in_every_family(family):
+    """Sizes are read off the attention modules: configs of some families do not name them."""
+    host = ClosedLoop(FAMILIES[family]())
+    one, ten = (host.bytes_per_request(parse("full"), tokens, 0) for tokens in (1, 10))
+    assert 0 < 10 * one == ten
 
 
 def test_only_predicted_tokens_cost_logits():
