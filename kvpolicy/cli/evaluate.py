@@ -163,7 +163,7 @@ def _require_seen(options: argparse.Namespace, policies: Sequence[CachePolicy]) 
     """
     if options.question != "seen":
         return
-    for policy in policies:
+    for policy in reversed(policies):  # what was asked for comes after the baselines
         law = policy.occupancy
         if law.retained is not None and law.prompts == "stream":
             raise PolicyError(
@@ -226,22 +226,24 @@ def _report(
     options: argparse.Namespace, evaluation: Evaluation, host: ClosedLoop, output: Output
 ) -> None:
     """Print the tables and write what else was asked for."""
-    from kvpolicy.cli.evaluate_report import legend, plot, tables
+    from kvpolicy.cli.evaluate_report import WIDE, legend, plot, tables
     from kvpolicy.evaluation.result import question_of
 
     longest, question = max(evaluation.samples), getattr(evaluation.task, "question", None)
     prompt = max(sample.prompt_tokens for sample in evaluation.samples[longest])
-    taken = [host.bytes_per_request(run.policy, longest, prompt) for run in evaluation.runs]
-    for each in tables(evaluation, taken, is_sweep=bool(options.budgets)):
+    policies = [run.policy for run in evaluation.runs]
+    taken = {policy: host.bytes_per_request(policy, longest, prompt) for policy in policies}
+    is_narrow = output.width < WIDE
+    for each in tables(evaluation, taken, is_sweep=bool(options.budgets), is_narrow=is_narrow):
         output.print(each)
     output.print(legend(evaluation))
     results = [
         {
             **evaluation.as_dict(run),
-            "bytes_per_request": num_bytes,
+            "bytes_per_request": taken[run.policy],
             "question": question and question_of(run.policy, question),
         }
-        for run, num_bytes in zip(evaluation.runs, taken, strict=True)
+        for run in evaluation.runs
     ]
     output.json(
         {

@@ -1,6 +1,6 @@
 """What ``kvpolicy eval`` prints and draws."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from rich.table import Table
 
@@ -8,13 +8,17 @@ from kvpolicy.cli.output import figure, size, table
 from kvpolicy.evaluation.plot import Axes, Point, Series, draw
 from kvpolicy.evaluation.result import Comparison, Evaluation, Place, budget_of, series_of
 from kvpolicy.evaluation.run import Run
+from kvpolicy.policy import CachePolicy
 
-MOST_COLUMNS = 8
-"""Groups that fit beside each other."""
+WIDE = 112
+"""Columns of text that whole tables take."""
+
+MOST_COLUMNS, NARROW_COLUMNS = 8, 5
+"""Groups that fit beside each other, in whole tables and in narrow ones."""
 
 
 def tables(
-    evaluation: Evaluation, taken: Sequence[int], *, is_sweep: bool
+    evaluation: Evaluation, taken: Mapping[CachePolicy, int], *, is_sweep: bool, is_narrow: bool
 ) -> Iterator[Table | str]:
     """The tables to be printed, some below their titles.
 
@@ -22,15 +26,16 @@ def tables(
         evaluation: What was found.
         taken: Bytes of a request under each policy.
         is_sweep: Whether budgets stand in columns.
+        is_narrow: Whether to leave out what matters least.
     """
     if is_sweep:
-        yield from _sweep(evaluation)
+        yield from _sweep(evaluation, is_narrow=is_narrow)
         return
-    yield _policies(evaluation, taken)
+    yield _policies(evaluation, taken, is_narrow=is_narrow)
     yield ""
     for context in evaluation.samples:
         places = [place for place in evaluation.places if place[0] == context]
-        if 1 < len(places) <= MOST_COLUMNS:
+        if 1 < len(places) <= (NARROW_COLUMNS if is_narrow else MOST_COLUMNS):
             by = evaluation.task.grouped_by
             yield f"{evaluation.task.title} by {by}, {context:,} tokens"
             yield _curve(evaluation, places)
@@ -66,27 +71,34 @@ def _asked(evaluation: Evaluation) -> str:
     return "; the question comes last, and policies that stream have evicted by then"
 
 
-def _policies(evaluation: Evaluation, taken: Sequence[int]) -> Table:
+def _policies(
+    evaluation: Evaluation, taken: Mapping[CachePolicy, int], *, is_narrow: bool
+) -> Table:
     """One line per policy."""
-    name = evaluation.task.name
-    rows = table(
-        "policy", "bytes", name, "against full", "sinks", "KL", "top-1", "differs", "tokens/s"
-    )
     full = evaluation.runs[0]
-    for run, num_bytes in zip(evaluation.runs, taken, strict=True):
-        speed = evaluation.num_processed / run.seconds if run.seconds else None
-        rows.add_row(
-            str(run.policy),
-            size(num_bytes),
-            _value(evaluation, run),
-            "-" if run is full else _interval(evaluation, evaluation.compare(run, full)),
-            _beside_sinks(evaluation, run),
-            figure(evaluation.kl(run), 4),
-            figure(100 * evaluation.agreement(run), 1) + " %",
-            figure(evaluation.first_divergence(run), 0),
-            figure(speed, 0),
-        )
+    columns: dict[str, Callable[[Run], str]] = {
+        "bytes": lambda run: size(taken[run.policy]),
+        evaluation.task.name: lambda run: _value(evaluation, run),
+        "against full": lambda run: (
+            "-" if run is full else _interval(evaluation, evaluation.compare(run, full))
+        ),
+        "sinks": lambda run: _beside_sinks(evaluation, run),
+        "KL": lambda run: figure(evaluation.kl(run), 4),
+        "top-1": lambda run: figure(100 * evaluation.agreement(run), 1) + " %",
+        "differs": lambda run: figure(evaluation.first_divergence(run), 0),
+        "tokens/s": lambda run: figure(_speed(evaluation, run), 0),
+    }
+    hidden = {"bytes", "differs", "tokens/s"} if is_narrow else set[str]()
+    shown = {name: show for name, show in columns.items() if name not in hidden}
+    rows = table("policy", *shown)
+    for run in evaluation.runs:
+        rows.add_row(str(run.policy), *(show(run) for show in shown.values()))
     return rows
+
+
+def _speed(evaluation: Evaluation, run: Run) -> float | None:
+    """Tokens per second; None of a run whose time is not known."""
+    return evaluation.num_processed / run.seconds if run.seconds else None
 
 
 def _curve(evaluation: Evaluation, places: Sequence[Place]) -> Table:
@@ -98,7 +110,7 @@ def _curve(evaluation: Evaluation, places: Sequence[Place]) -> Table:
     return rows
 
 
-def _sweep(evaluation: Evaluation) -> Iterator[Table | str]:
+def _sweep(evaluation: Evaluation, *, is_narrow: bool) -> Iterator[Table | str]:
     """Tables with a line per series of policies and a column per budget."""
     full, lines = evaluation.runs[0], _lines(evaluation)
     budgets = sorted({budget for runs in lines.values() for budget in runs})
@@ -109,6 +121,8 @@ def _sweep(evaluation: Evaluation) -> Iterator[Table | str]:
         "KL from the full cache, nats": lambda run: figure(evaluation.kl(run), 4),
     }
     for title, show in contents.items():
+        if is_narrow and title.startswith("against"):
+            continue
         yield title
         rows = table("slots", *map(str, budgets))
         for label, runs in lines.items():

@@ -300,6 +300,20 @@ def test_text_goes_to_stdout_without_json(text: Path, capsys: pytest.CaptureFixt
     assert all(name in printed for name in ("full", "sinks:budget=32", "tova:budget=32", "ppl"))
 
 
+def test_a_narrow_terminal_gets_what_matters_most(
+    text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On 80 columns nothing is cut off: sizes, speeds and long curves are left out instead."""
+    monkeypatch.setattr("kvpolicy.cli.output.PIPED_WIDTH", 80)
+    arguments = ["eval", "--policy", "tova:budget=32", "--text", str(text), "--context", "128"]
+    assert main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == "policy ppl against full sinks KL top-1".split()
+    assert max(map(len, lines)) <= 80
+    assert "\u2026" not in "".join(lines)
+    assert not any("by position" in line for line in lines)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
