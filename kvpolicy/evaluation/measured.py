@@ -7,6 +7,9 @@ from torch import Tensor
 
 from kvpolicy.evaluation.sample import Sample
 
+ROWS = 256
+"""Predictions compared at a time: over a large vocabulary, each takes a megabyte."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
@@ -39,9 +42,8 @@ def measure(sample: Sample, predicted: Tensor, reference: Tensor) -> Measured:
     choice = predicted.argmax(dim=-1)
     agreed = choice == reference.argmax(dim=-1)
     nll = -predicted.gather(-1, truth[:, None])[:, 0].double()
-    # What is impossible with the full cache adds nothing, also where it stays impossible.
-    terms = (reference.exp() * (reference - predicted)).masked_fill(reference == -torch.inf, 0)
-    kl = terms.sum(dim=-1).double()
+    parts = zip(reference.split(ROWS), predicted.split(ROWS), strict=True)
+    kl = torch.cat([_divergences(*part) for part in parts])
     sizes = [target.size for target in sample.targets]
     differing = (~agreed).nonzero()
     return Measured(
@@ -51,3 +53,10 @@ def measure(sample: Sample, predicted: Tensor, reference: Tensor) -> Measured:
         agreed=[int(part.sum()) for part in agreed.split(sizes)],
         diverged=int(differing[0]) if len(differing) else None,
     )
+
+
+def _divergences(reference: Tensor, predicted: Tensor) -> Tensor:
+    """KL of each prediction from its reference, both [n, V] log-probabilities; [n] float64."""
+    # What is impossible with the full cache adds nothing, also where it stays impossible.
+    terms = (reference.exp() * (reference - predicted)).masked_fill(reference == -torch.inf, 0)
+    return terms.sum(dim=-1).double()

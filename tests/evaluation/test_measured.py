@@ -46,3 +46,14 @@ def test_impossible_tokens_add_nothing():
     assert found.kl == [0.0, 0.0]
     thinner = torch.tensor([[0.25, 0.25, 0.5]] * 3).log()
     assert measure(SAMPLE, thinner, reference).kl == pytest.approx([2 * math.log(2), math.log(2)])
+
+
+def test_long_texts_are_compared_like_short_ones():
+    """A thousand predictions, more than are compared at a time: torch's own divergence."""
+    predicted, reference = torch.randn(2, 1000, 7).log_softmax(dim=-1)
+    target = Target(first=1, last=1001, group=(0, 1))
+    found = measure(
+        Sample(tokens=[0] * 1001, prompt_tokens=0, targets=[target]), predicted, reference
+    )
+    expected = torch.nn.functional.kl_div(predicted, reference, log_target=True, reduction="sum")
+    assert found.kl == pytest.approx([expected.item()], rel=1e-5)

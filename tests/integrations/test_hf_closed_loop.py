@@ -1,6 +1,9 @@
 """Samples in transformers: what a batch gives, a sample alone, the oracle and generation give."""
 
+import json
+import re
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -131,6 +134,16 @@ def test_bytes_of_a_full_cache_grow_with_its_tokens_in_every_family(family):
     host = ClosedLoop(FAMILIES[family]())
     one, ten = (host.bytes_per_request(parse("full"), tokens, 0) for tokens in (1, 10))
     assert 0 < 10 * one == ten
+
+
+def test_the_pages_python_runs_as_it_stands(capsys):
+    """What docs/how-to/evaluate.md shows prints a share of pairs for each of its policies."""
+    page = Path(__file__).parents[2] / "docs" / "how-to" / "evaluate.md"
+    [block] = re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
+    exec(compile(block, str(page), "exec"), {})
+    shares = json.loads(capsys.readouterr().out)
+    assert len(shares) == 2
+    assert all(0 <= share <= 1 for share in shares)
 
 
 def test_only_predicted_tokens_cost_logits():
