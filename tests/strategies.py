@@ -263,3 +263,12 @@ def cases(draw: st.DrawFn, *, rows: int = 2, longest: int = 40) -> Case:
         layer=draw(st.integers(0, 5)),
         seed=draw(SEEDS),
     )
+
+
+# --- evaluations --------------------------------------------------------------------------------
+
+FURTHER_BYTES = st.binary(max_size=300)
+"""What somebody else may have appended to a file of finished cells."""
+
+PAIRS_WITH_TIES = st.lists(st.tuples(st.integers(0, 5), st.floats(-9, 9)), min_size=2, max_size=30)
+"""Points to be ranked by either side."""

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 
 from fixtures.evaluations import Table, ones, shares
 from kvpolicy import PolicyError, parse
 from kvpolicy.evaluation.cells import CellFile, Cells, Key
 from kvpolicy.evaluation.run import evaluate
+from strategies import FURTHER_BYTES
 
 SPECS = ("full", "sinks:budget=8", "window:budget=8")
 POLICIES = [parse(spec) for spec in SPECS]
@@ -210,7 +210,7 @@ def test_cells_that_cannot_be_of_the_samples_are_refused(tmp_path, line):
         evaluate(Table(CHANCES), SAMPLES, POLICIES, CellFile(path, SETTINGS))
 
 
-@given(st.binary(max_size=300))
+@given(FURTHER_BYTES)
 def test_no_bytes_break_the_reader(tmp_path_factory, data):
     """Any bytes are read as finished cells or refused with an error of ours."""
     path = tmp_path_factory.mktemp("any") / "cells.jsonl"

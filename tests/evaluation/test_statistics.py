@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import scipy.stats
 from hypothesis import given
-from hypothesis import strategies as st
 
 from kvpolicy.evaluation.statistics import Ratio, rank_correlation
+from strategies import PAIRS_WITH_TIES
 
 
 def mean_of(values):
@@ -59,7 +59,7 @@ def test_intervals_repeat():
     assert mean_of(values).interval == mean_of(values).interval == (2.7, 6.2)
 
 
-@given(st.lists(st.tuples(st.integers(0, 5), st.floats(-9, 9)), min_size=2, max_size=30))
+@given(PAIRS_WITH_TIES)
 def test_rank_correlation_is_spearmans(pairs):
     """Ties included, equal to scipy's; NaN where one side has no order."""
     first, second = zip(*pairs, strict=True)
