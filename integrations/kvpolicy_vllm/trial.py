@@ -118,9 +118,9 @@ class _Failure:
 
 
 class Trial:
-    """A child process that runs one plan; use as a context manager.
+    """A child process that runs plans; use as a context manager.
 
-    It starts importing vLLM at once, and engines when `generate` brings the plan.
+    It starts importing vLLM at once, and engines when `generate` brings a plan.
     """
 
     def __enter__(self) -> Self:
@@ -155,7 +155,7 @@ class Trial:
             yield self._receive()
 
     def measure(self) -> Iterator[Speed]:
-        """Measure decode speeds, after `generate` is exhausted, policy by policy."""
+        """Measure decode speeds of the latest plan, after `generate` is exhausted, by policy."""
         self._connection.send("measure")
         for _ in self._plan.policies:
             yield self._receive()
@@ -185,14 +185,20 @@ def _serve(connection: Connection, log: str) -> None:
     try:
         import vllm  # noqa: F401  # the slow part, while the parent prepares the plan
 
-        plan: Plan = connection.recv()
-        engines: dict[str | None, LLM] = {}
-        for policy in (None, *plan.policies):
-            engines[policy] = _engine(plan, policy)
-            connection.send(_generate(plan, policy, engines[policy]))
-        connection.recv()
-        for policy in plan.policies:
-            connection.send(_measure(plan, policy, engines[None], engines[policy]))
+        # Tearing an engine down would take the others' process groups with it: all are kept.
+        trials: list[tuple[Plan, dict[str | None, LLM]]] = []
+        while True:
+            order = connection.recv()
+            if isinstance(order, Plan):
+                trials.append((order, {}))
+                plan, engines = trials[-1]
+                for policy in (None, *plan.policies):
+                    engines[policy] = _engine(plan, policy)
+                    connection.send(_generate(plan, policy, engines[policy]))
+            else:
+                plan, engines = trials[-1]
+                for policy in plan.policies:
+                    connection.send(_measure(plan, policy, engines[None], engines[policy]))
     except (EOFError, BrokenPipeError):
         return
     except Exception as error:

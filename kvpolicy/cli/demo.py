@@ -13,7 +13,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from kvpolicy.bundled import bundled_model, heldout_text
-from kvpolicy.cli import FAILED
+from kvpolicy.cli import FAILED, demo_passkey
 from kvpolicy.cli.arguments import command_parser, positive, require, require_plugin
 from kvpolicy.cli.highlight import Passage, highlight, kept_shares
 from kvpolicy.cli.output import Output, Steps, figure, size, table
@@ -81,11 +81,16 @@ def run(arguments: Sequence[str]) -> int:
         stock, rows = _generate(trial, plan, checkpoint, steps)
         _add_perplexities(rows, checkpoint, options.windows, steps)
         _add_speeds(rows, trial, steps)
+        searches = _search(trial, plan, options.budget, checkpoint, steps)
     seconds = time.perf_counter() - began
     _show_texts(output, rows, passages[0], checkpoint)
     _show_table(output, stock, rows, plan)
+    demo_passkey.show(output, searches)
     output.print(f"\n{seconds:.0f} s")
-    output.json(_result(options, plan, stock, rows, seconds))
+    output.json(
+        _result(options, plan, stock, rows, seconds)
+        | {"passkey": [search.as_dict() for search in searches]}
+    )
     return FAILED if any(row.differences for row in rows) else 0
 
 
@@ -241,6 +246,20 @@ def _add_speeds(rows: Sequence[Row], trial: Trial, steps: Steps) -> None:
     for row, speed in zip(rows, trial.measure(), strict=True):
         row.speed = speed
         advance(1)
+
+
+def _search(
+    trial: Trial, plan: Plan, budget: int, checkpoint: Checkpoint, steps: Steps
+) -> list[demo_passkey.Search]:
+    """Ask stock vLLM and two policies for hidden pass keys."""
+    hidden = demo_passkey.hide_keys(checkpoint)
+    plan = hidden.plan(plan, budget)
+    advance = steps.begin("vLLM: hidden pass keys", 1 + len(plan.policies))
+    searches: list[demo_passkey.Search] = []
+    for generation in trial.generate(plan):
+        searches.append(hidden.search(generation, checkpoint))
+        advance(1)
+    return searches
 
 
 def _show_texts(

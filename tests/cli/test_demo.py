@@ -135,4 +135,8 @@ def test_demo_runs_real_vllm_with_parity(
         assert entry["blocks_per_request"] == 4  # 96 + 6 slots
         assert entry["bytes_per_request"] < full["bytes_per_request"] / 6
         assert entry["max_concurrency"] > 200 * result["stock"]["max_concurrency"]
+    stock, window, snapkv = result["passkey"]
+    assert stock["answers"] == stock["keys"]
+    assert window["found"] <= 1  # the last key may lie among the newest tokens
+    assert snapkv["found"] > len(snapkv["keys"]) / 2
     assert "vLLM writes:" in capsys.readouterr().out
