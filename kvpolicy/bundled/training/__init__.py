@@ -1,5 +1,5 @@
 """How the bundled model is made: `python -m kvpolicy.bundled.training --help`.
 
 Reading order: corpus and tokenizer, tasks, schedule, model, wiring, optimiser,
-train, evaluate, export, launch.
+train, export, launch. What came out is measured by retrieval, evaluate, heads.
 """

@@ -1,31 +1,29 @@
 """What the model can do: bits per byte on held-out books, and finding what was stated earlier.
 
-Answers are scored with the right answer as input: all its tokens are the likeliest ones exactly
-when greedy decoding writes it. `python -m kvpolicy.bundled.training.evaluate --help` measures an
-exported model.
+`python -m kvpolicy.bundled.training.evaluate --help` measures an exported model.
 """
 
 import argparse
 import math
 import tempfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from random import Random
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from kvpolicy.bundled.passkey import REPEATED_FILLER, make_passkey
 from kvpolicy.bundled.training.corpus import Corpus, load_corpus
-from kvpolicy.bundled.training.model import Architecture, Llama, rotary_tables
-from kvpolicy.bundled.training.tasks import ANSWERED, Mix, Tasks
-from kvpolicy.bundled.training.tokenizer import BOS_ID, NUM_SPECIAL, PAD_ID, encode
+from kvpolicy.bundled.training.export import load
+from kvpolicy.bundled.training.model import Llama, rotary_tables
+from kvpolicy.bundled.training.retrieval import Retrieval, passkey, recall
+from kvpolicy.bundled.training.tasks import Tasks
+from kvpolicy.bundled.training.tokenizer import BOS_ID, NUM_SPECIAL, PAD_ID
 
 BATCH_TOKENS = 8192
-FILLER_TOKENS = 60_000
+NUM_PAIRS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,20 +59,16 @@ def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
     return sizes
 
 
-@torch.no_grad()
-def heldout_bits(
-    model: Llama,
-    corpus: Corpus,
-    tokenizer: Tokenizer,
-    length: int,
-    *,
-    num_windows: int | None = None,
-    share: Share = Share(),
-) -> Tally:
-    """Tally bits and bytes over windows of `length` tokens, each behind its own BOS.
+def heldout_windows(
+    corpus: Corpus, length: int, num_windows: int | None, share: Share = Share()
+) -> Iterator[Tensor]:
+    """Yield windows of `length` tokens, each behind its own BOS, in batches [B, T].
 
     Args:
+        corpus: The books.
+        length: Tokens per window, BOS included.
         num_windows: How many windows, spread evenly over the books; all of them when None.
+        share: Which of them to yield.
     """
     body = length - 1
     starts = np.concatenate(
@@ -86,14 +80,28 @@ def heldout_bits(
     if num_windows is not None:
         starts = starts[np.linspace(0, len(starts) - 1, num_windows).astype(int)]
     starts = starts[share.rank :: share.world]
-    cosine, sine = rotary_tables(length, model.sizes.head_dim, model.sizes.rope_theta)
-    bytes_of, tally = token_bytes(tokenizer), Tally()
     rows = max(1, BATCH_TOKENS // length)
     for first in range(0, len(starts), rows):
         windows = [corpus.tokens[start : start + body] for start in starts[first : first + rows]]
         tokens = torch.from_numpy(np.stack(windows).astype(np.int64))
-        tokens = torch.nn.functional.pad(tokens, (1, 0), value=BOS_ID)  # [B, T]
-        losses = model.token_losses(tokens, cosine[:body], sine[:body])
+        yield torch.nn.functional.pad(tokens, (1, 0), value=BOS_ID)
+
+
+@torch.no_grad()
+def heldout_bits(
+    model: Llama,
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    length: int,
+    *,
+    num_windows: int | None = None,
+    share: Share = Share(),
+) -> Tally:
+    """Tally bits and bytes over windows of `length` tokens of the held-out books."""
+    cosine, sine = rotary_tables(length - 1, model.sizes.head_dim, model.sizes.rope_theta)
+    bytes_of, tally = token_bytes(tokenizer), Tally()
+    for tokens in heldout_windows(corpus, length, num_windows, share):
+        losses = model.token_losses(tokens, cosine, sine)
         tally.add(losses.sum().item() / math.log(2), float(bytes_of[tokens[:, 1:].numpy()].sum()))
     return tally
 
@@ -107,6 +115,18 @@ def predicted(model: Llama, tokens: Tensor) -> Tensor:
     return (hidden @ model.embed_tokens.weight.mT).argmax(-1)
 
 
+def accuracy(model: Llama, sequences: Iterable[Retrieval]) -> Tally:
+    """Tally the answers of which every token is predicted."""
+    tally = Tally()
+    for sequence in sequences:
+        guessed = predicted(model, torch.from_numpy(sequence.tokens)[None])[0].numpy()
+        is_right = guessed == sequence.tokens[1:]  # of the token behind each position
+        for answer in sequence.answers:
+            first = answer.start - 1
+            tally.add(float(is_right[first : first + answer.size].all()), 1)
+    return tally
+
+
 def passkey_accuracy(
     model: Llama,
     corpus: Corpus,
@@ -114,36 +134,21 @@ def passkey_accuracy(
     context: int,
     num_samples: int,
     *,
-    seed: int = 1,
     share: Share = Share(),
 ) -> Tally:
-    """Tally pass keys found; every fourth prompt is padded with repeated sentences."""
-    tally = Tally()
-    for sample in range(share.rank, num_samples, share.world):
-        rng = Random(seed * 1_000_003 + sample)
-        book = corpus.book(sample % corpus.num_books)
-        start = rng.randrange(max(1, len(book) - FILLER_TOKENS))
-        text = tokenizer.decode(book[start : start + FILLER_TOKENS].tolist())
-        filler = REPEATED_FILLER * 8 if sample % 4 == 3 else text
-        asked = make_passkey(rng, filler, lambda text: encode(tokenizer, text), context)
-        prompt, answer = encode(tokenizer, asked.prompt), encode(tokenizer, asked.answer)
-        tokens = torch.tensor([[BOS_ID, *prompt, *answer]])
-        right = predicted(model, tokens)[0, -len(answer) :] == torch.tensor(answer)
-        tally.add(float(right.all()), 1)
-    return tally
+    """Tally pass keys found."""
+    samples = range(share.rank, num_samples, share.world)
+    return accuracy(model, (passkey(corpus, tokenizer, context, sample) for sample in samples))
 
 
-def answer_accuracy(
-    model: Llama, tasks: Tasks, mix: Mix, length: int, num_samples: int, *, share: Share = Share()
+def recall_accuracy(
+    model: Llama, tasks: Tasks, context: int, num_samples: int, *, share: Share = Share()
 ) -> Tally:
-    """Tally answer tokens predicted in training sequences of one kind."""
-    tally = Tally()
-    for sample in range(share.rank, num_samples, share.world):
-        drawn = tasks.batch(mix, length, 1, [2, sample])
-        right = predicted(model, torch.from_numpy(drawn.tokens)).numpy() == drawn.tokens[:, 1:]
-        answers = drawn.weights[:, 1:] == ANSWERED
-        tally.add(float(right[answers].sum()), float(answers.sum()))
-    return tally
+    """Tally pairs recalled, out of `NUM_PAIRS` per sample."""
+    samples = range(share.rank, num_samples, share.world)
+    return accuracy(
+        model, (recall(tasks, context, sample, num_pairs=NUM_PAIRS) for sample in samples)
+    )
 
 
 def induction_accuracy(
@@ -162,18 +167,8 @@ def induction_accuracy(
     return tally
 
 
-def load_exported(folder: Path) -> Llama:
-    """Load an exported model, with its bfloat16 weights widened to float32."""
-    model = Llama(Architecture())
-    weights = load_file(folder / "model.safetensors")
-    model.load_state_dict(
-        {name.removeprefix("model."): tensor.float() for name, tensor in weights.items()}
-    )
-    return model
-
-
 def main() -> None:
-    """Print the figures of the model card."""
+    """Print the table of figures of the model card."""
     parser = argparse.ArgumentParser(prog="python -m kvpolicy.bundled.training.evaluate")
     add = parser.add_argument
     add("--model", type=Path, required=True, help="exported model folder")
@@ -181,20 +176,25 @@ def main() -> None:
     add("--lengths", type=int, nargs="+", default=[1024, 2048, 4096])
     add("--windows", type=int, help="windows per length; all of them when not given")
     add("--samples", type=int, default=100, help="passkey prompts per length")
+    add("--recalls", type=int, default=20, help="prompts of 16 pairs per length")
     add("--threads", type=int, default=1)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    model = load_exported(given.model)
-    tokenizer = Tokenizer.from_file(str(given.model / "tokenizer.json"))
+    model, tokenizer = load(given.model)
     with tempfile.TemporaryDirectory() as work:
         corpus = load_corpus(Path(work), "heldout", given.books_heldout, tokenizer)
+    tasks = Tasks(corpus, tokenizer)
+    print(f"| context | bits per byte | bytes | passkey | {NUM_PAIRS}-pair recall | induction |")
+    print("|---|---|---|---|---|---|")
     for length in given.lengths:
         found = passkey_accuracy(model, corpus, tokenizer, length, given.samples)
+        recalled = recall_accuracy(model, tasks, length, given.recalls)
         bits = heldout_bits(model, corpus, tokenizer, length, num_windows=given.windows)
         print(
-            f"length {length}: {bits.mean:.3f} bits per byte over {bits.count:,.0f} bytes, "
-            f"passkey {found.total:.0f} of {found.count:.0f}, "
-            f"induction {induction_accuracy(model, length, 8).mean:.3f}",
+            f"| {length:,} | {bits.mean:.3f} | {bits.count:,.0f} "
+            f"| {found.total:.0f} of {found.count:.0f} "
+            f"| {recalled.total:.0f} of {recalled.count:.0f} "
+            f"| {induction_accuracy(model, length, 8).mean:.3f} |",
             flush=True,
         )
 

@@ -1,10 +1,10 @@
-"""Writing the model as a folder that transformers and vLLM load."""
+"""Writing the model as a folder that transformers and vLLM load, and reading it back."""
 
 import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from kvpolicy.bundled.training.model import Architecture, Llama
@@ -82,3 +82,26 @@ def export(model: Llama, tokenizer: Tokenizer, out: Path) -> None:
         ("generation_config.json", GENERATION_CONFIG),
     ):
         (out / name).write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+
+
+def load(folder: Path) -> tuple[Llama, Tokenizer]:
+    """Load an exported model, its bfloat16 weights widened to float32, and its tokenizer."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    model = Llama(
+        Architecture(
+            vocabulary=config["vocab_size"],
+            hidden=config["hidden_size"],
+            num_layers=config["num_hidden_layers"],
+            num_query_heads=config["num_attention_heads"],
+            num_kv_heads=config["num_key_value_heads"],
+            head_dim=config["head_dim"],
+            intermediate=config["intermediate_size"],
+            rope_theta=config["rope_theta"],
+            norm_epsilon=config["rms_norm_eps"],
+        )
+    )
+    weights = load_file(folder / "model.safetensors")
+    model.load_state_dict(
+        {name.removeprefix("model."): tensor.float() for name, tensor in weights.items()}
+    )
+    return model, Tokenizer.from_file(str(folder / "tokenizer.json"))

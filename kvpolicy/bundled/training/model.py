@@ -1,7 +1,7 @@
 """A small Llama in plain torch, with the parameter names of transformers."""
 
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +56,14 @@ def rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return heads * cosine + torch.cat((-right, left), dim=-1) * sine
 
 
+class Projected(NamedTuple):
+    """What attention works on, each [B, H, T, D]; queries and keys know their positions."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention."""
 
@@ -70,20 +78,24 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(query_width, sizes.hidden, bias=False)
 
     def forward(self, hidden: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        projected = self.project(hidden, cosine, sine)
+        mixed = F.scaled_dot_product_attention(*projected, is_causal=True)
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+
+    def project(self, hidden: Tensor, cosine: Tensor, sine: Tensor) -> Projected:
+        """Return what each head works on; kv heads are repeated for their group."""
         sizes = self.sizes
-        batch, length, _ = hidden.shape
 
         def split(projected: Tensor, num_heads: int) -> Tensor:
-            return projected.view(batch, length, num_heads, sizes.head_dim).transpose(1, 2)
+            return projected.unflatten(-1, (num_heads, sizes.head_dim)).transpose(1, 2)
 
         query = rotate(split(self.q_proj(hidden), sizes.num_query_heads), cosine, sine)
         key = rotate(split(self.k_proj(hidden), sizes.num_kv_heads), cosine, sine)
         value = split(self.v_proj(hidden), sizes.num_kv_heads)  # [B, H_kv, T, D]
         group = sizes.num_query_heads // sizes.num_kv_heads
-        key = key.repeat_interleave(group, dim=1)  # [B, H, T, D]
-        value = value.repeat_interleave(group, dim=1)  # [B, H, T, D]
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
+        return Projected(
+            query, key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+        )
 
 
 class FeedForward(nn.Module):

@@ -133,7 +133,7 @@ class Tasks:
     def key_values(self, length: int) -> Piece:
         """List pairs, then ask for some again and again, often ones more than others."""
         num_pairs = int(self.rng.integers(2, max(3, min(48, length // 24)) + 1))
-        pairs = [self._pair(word) for word in self.rng.choice(len(self.words), num_pairs, False)]
+        pairs = self.pairs(num_pairs)
         pieces = [pair.statement for pair in pairs]
         room = length - sum(len(piece.tokens) for piece in pieces)
         popularity = 1.0 / np.arange(1, num_pairs + 1) ** self.rng.choice([0.0, 1.0])
@@ -148,6 +148,10 @@ class Tasks:
             room -= len(piece.tokens)
         joined = join(pieces)
         return Piece(joined.tokens[:length], joined.weights[:length])
+
+    def pairs(self, count: int) -> list[Fact]:
+        """Draw key-value pairs with different keys."""
+        return [self._pair(word) for word in self.rng.choice(len(self.words), count, False)]
 
     def copies(self, length: int) -> Piece:
         """Repeat a stretch of random tokens, of a few tokens only, of words, or of a book."""

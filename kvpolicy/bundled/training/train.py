@@ -14,19 +14,17 @@ from kvpolicy.bundled.training.corpus import load_corpus, load_tokenizer
 from kvpolicy.bundled.training.evaluate import (
     Share,
     Tally,
-    answer_accuracy,
     heldout_bits,
     induction_accuracy,
     passkey_accuracy,
+    recall_accuracy,
 )
 from kvpolicy.bundled.training.export import export
 from kvpolicy.bundled.training.model import Architecture, Llama, rotary_tables
 from kvpolicy.bundled.training.optimiser import MuonAdam
 from kvpolicy.bundled.training.schedule import STAGES, rate_scale, stage_index
-from kvpolicy.bundled.training.tasks import Mix, Tasks
+from kvpolicy.bundled.training.tasks import Tasks
 from kvpolicy.bundled.training.wiring import wire
-
-KEY_VALUES_ONLY = Mix(books=0.0, facts=0.0, key_values=1.0, copies=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,9 +186,7 @@ class Trainer:
             "passkey": passkey_accuracy(
                 self.model, self.heldout, self.tokenizer, length, 24, share=share
             ),
-            "key-value": answer_accuracy(
-                self.model, self.tasks, KEY_VALUES_ONLY, length, 16, share=share
-            ),
+            "recall": recall_accuracy(self.model, self.tasks, length, 8, share=share),
             "induction": induction_accuracy(self.model, length, 8, share=share),
         }  # fmt: skip
         told = "  ".join(f"{name} {self._sum(tally).mean:.3f}" for name, tally in tallies.items())
