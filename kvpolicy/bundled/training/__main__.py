@@ -1,7 +1,6 @@
 """Train the bundled model: `python -m kvpolicy.bundled.training --help`."""
 
 import argparse
-import datetime
 import sys
 from pathlib import Path
 
@@ -22,14 +21,12 @@ def parse(arguments: list[str] | None = None) -> Settings:
     add("--work", type=Path, required=True, help="checkpoint, encoded books, log, process ids")
     add("--out", type=Path, required=True, help="model folder to write")
     add("--processes", type=int, default=2, help="one thread each; as many as free cores")
-    add("--max-tokens", type=float, default=100e6, help="end after this many tokens")
-    add("--minutes", type=float, default=600.0, help="end after this much training")
-    add("--until", help="end at this time, as 2026-01-31T18:00, instead of after --minutes")
+    add("--max-tokens", type=float, default=16e6, help="end after this many tokens")
     add("--tokens-per-step", type=int, default=2048, help="per process")
     add("--seed", type=int, default=0)
+    add("--exact", action="store_true", help="compute in float32, not bfloat16")
     add("--eager", action="store_true", help="do without torch.compile and its C++ compiler")
     given = parser.parse_args(arguments)
-    until = datetime.datetime.fromisoformat(given.until).timestamp() if given.until else None
     return Settings(
         books_train=given.books_train,
         books_heldout=given.books_heldout,
@@ -37,10 +34,9 @@ def parse(arguments: list[str] | None = None) -> Settings:
         out=given.out,
         processes=given.processes,
         max_tokens=given.max_tokens,
-        minutes=given.minutes,
-        until=until,
         tokens_per_step=given.tokens_per_step,
         seed=given.seed,
+        is_exact=given.exact,
         is_compiled=not given.eager,
     )
 

@@ -16,13 +16,16 @@ NUM_ITERATIONS = 5
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """Push the singular values of [N, rows, columns] matrices, rows <= columns, towards one."""
+    """Push the singular values of [N, rows, columns] matrices, rows <= columns, towards one.
+
+    The steps are so coarse, and correct themselves so well, that bfloat16 is enough.
+    """
     a, b, c = NEWTON_SCHULZ
-    x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    x = (matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)).bfloat16()
     for _ in range(NUM_ITERATIONS):
         square = x @ x.mT
         x = a * x + (b * square + c * square @ square) @ x
-    return x
+    return x.to(matrices.dtype)
 
 
 class MuonAdam(torch.optim.Optimizer):

@@ -1,4 +1,4 @@
-"""The training loop of one process: resumable, paced by tokens and by the clock."""
+"""The training loop of one process: resumable, paced by tokens."""
 
 import datetime
 import signal
@@ -31,9 +31,10 @@ from kvpolicy.bundled.training.wiring import wire
 class Settings:
     """Everything a run is started with.
 
-    Progress is the larger of two shares: of `max_tokens`, and of the clock time between start
-    and end. The clock ends after `minutes` of training, or at `until` (seconds since the epoch)
-    when that is given, time spent paused or dead included.
+    The schedule follows the share of `max_tokens` seen, so that how fast the machine is, and how
+    often the run is stopped, changes nothing. Every `evaluate_every` tokens the log tells what the
+    model can do, and the model is exported. Matrix products are computed in bfloat16 unless
+    `is_exact`; weights, gradients and everything else stay in float32.
     """
 
     books_train: Path
@@ -41,13 +42,12 @@ class Settings:
     work: Path
     out: Path
     processes: int = 2
-    max_tokens: float = 100e6
-    minutes: float = 600.0
-    until: float | None = None
+    max_tokens: float = 16e6
     tokens_per_step: int = 2048
-    evaluate_every: float = 420.0
-    checkpoint_every: float = 120.0
+    evaluate_every: int = 1_000_000
+    checkpoint_seconds: float = 120.0
     seed: int = 0
+    is_exact: bool = False
     is_compiled: bool = True
 
 
@@ -57,8 +57,6 @@ class Progress:
 
     step: int = 0
     tokens: int = 0
-    seconds: float = 0.0
-    share: float = 0.0
 
 
 class Trainer:
@@ -80,49 +78,47 @@ class Trainer:
         # Told by a signal, one process at a time; stopping once all have heard of it.
         self.is_told_to_stop = False
         self.is_stopping = False
-        loss = self._weighted_loss
-        self.loss = torch.compile(loss, dynamic=False) if settings.is_compiled else loss
+        if settings.is_compiled:
+            self.model.compile_parts()
         signal.signal(signal.SIGTERM, self._stop)
         signal.signal(signal.SIGINT, self._stop)
 
     def run(self) -> bool:
         """Train to the end or to a signal; return whether the end was reached."""
         self._resume()
-        stage = stage_index(self.progress.share)
-        started = last = evaluated = saved = time.time()
-        seconds_before = self.progress.seconds
+        stage = stage_index(self._share_done())
+        last = saved = time.time()
         losses, tokens_before = [], self.progress.tokens
-        while self.progress.share < 1.0:
-            loss = self._step(stage, seconds_before + time.time() - started)
-            losses.append(loss)
+        evaluated = self.progress.tokens
+        while self._share_done() < 1.0:
+            losses.append(self._step(stage))
             now = time.time()
-            due = self._agree(now - evaluated > self.settings.evaluate_every)
             if self.progress.step % 50 == 0:
                 rate = (self.progress.tokens - tokens_before) / (now - last)
                 self._log(f"loss {sum(losses) / len(losses):.3f}, {rate:,.0f} tokens/s")
                 losses, last, tokens_before = [], now, self.progress.tokens
-            reached = stage_index(self.progress.share)
-            is_ending = reached != stage or self.progress.share >= 1.0 or self.is_stopping
-            if is_ending or now - saved > self.settings.checkpoint_every:
+            reached = stage_index(self._share_done())
+            is_ending = reached != stage or self._share_done() >= 1.0 or self.is_stopping
+            if is_ending or now - saved > self.settings.checkpoint_seconds:
                 self._save()
                 saved = now
             if self.is_stopping:
                 return False
-            if due or is_ending:
+            if is_ending or self.progress.tokens - evaluated >= self.settings.evaluate_every:
                 self._evaluate(STAGES[stage].length)
                 self._export()
-                evaluated = last = time.time()
-                tokens_before = self.progress.tokens
+                last = time.time()
+                evaluated = tokens_before = self.progress.tokens
             stage = reached
         return True
 
-    def _weighted_loss(
-        self, tokens: Tensor, weights: Tensor, cosine: Tensor, sine: Tensor
-    ) -> Tensor:
-        losses = self.model.token_losses(tokens, cosine, sine)
+    def loss(self, tokens: Tensor, weights: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        """Return the weighted mean of the next-token losses of `tokens` [B, T + 1]."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=not self.settings.is_exact):
+            losses = self.model.token_losses(tokens, cosine, sine)
         return (losses * weights).sum() / weights.sum()
 
-    def _step(self, stage: int, seconds: float) -> float:
+    def _step(self, stage: int) -> float:
         """Take one step on one batch per process; return the loss averaged over them."""
         length, progress = STAGES[stage].length, self.progress
         count = max(1, self.settings.tokens_per_step // length)
@@ -135,28 +131,18 @@ class Trainer:
             torch.from_numpy(drawn.tokens), torch.from_numpy(drawn.weights[:, 1:]), cosine, sine
         )
         loss.backward()
-        progress.seconds = seconds
         progress.tokens += count * length * self.settings.processes
-        wish = self._share_done() if self.rank == 0 else 0.0
-        mean_loss, stop, share = self._average_gradients(
-            [loss.item(), float(self.is_told_to_stop), wish]
-        )
+        mean_loss, stop = self._average_gradients([loss.item(), float(self.is_told_to_stop)])
         self.is_stopping = stop > 0
-        progress.share = max(progress.share, share * self.settings.processes)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimiser.scale = rate_scale(progress.share, progress.step)
+        self.optimiser.scale = rate_scale(self._share_done(), progress.step)
         self.optimiser.step()
         self.model.zero_grad()
         progress.step += 1
         return mean_loss
 
     def _share_done(self) -> float:
-        settings, progress = self.settings, self.progress
-        left = settings.minutes * 60 - progress.seconds
-        if settings.until is not None:
-            left = settings.until - time.time()
-        by_clock = progress.seconds / (progress.seconds + left) if left > 0 else 1.0
-        return max(by_clock, progress.tokens / settings.max_tokens)
+        return self.progress.tokens / self.settings.max_tokens
 
     def _average_gradients(self, extra: list[float]) -> list[float]:
         """Average all gradients, and the numbers in `extra`, over the processes."""
@@ -168,12 +154,6 @@ class Trainer:
         for gradient, part in zip(gradients, parts, strict=False):
             gradient.copy_(part.view_as(gradient))
         return parts[-1].tolist()
-
-    def _agree(self, wish: bool) -> bool:
-        """Return what rank 0 wishes."""
-        flag = torch.tensor([wish])
-        dist.broadcast(flag, src=0)
-        return bool(flag.item())
 
     def _evaluate(self, length: int) -> None:
         share = Share(rank=self.rank, world=self.settings.processes)
@@ -229,7 +209,7 @@ class Trainer:
         progress = self.progress
         clock = datetime.datetime.now().strftime("%H:%M:%S")
         line = (
-            f"{clock}  {progress.share:6.1%}  stage {stage_index(progress.share) + 1}"
+            f"{clock}  {self._share_done():6.1%}  stage {stage_index(self._share_done()) + 1}"
             f"  step {progress.step:,}  {progress.tokens / 1e6:.2f} M tokens  {message}"
         )
         print(line, flush=True)

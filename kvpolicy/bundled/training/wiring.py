@@ -27,7 +27,7 @@ TWO_BACK = slice(192, 256)
 CONSTANT_SIZE = 7.0
 TOKEN_NORM = 7.0
 FINAL_NORM = 0.09
-LOOK_BACK_STRENGTH = 1.5
+LOOK_BACK_STRENGTH = 0.8
 NUM_FAST_FREQUENCIES = 10
 WRITE_STRENGTH = 0.85
 NUM_SLOW_FREQUENCIES = 14
@@ -49,7 +49,8 @@ def wire(model: Llama, seed: int) -> None:
     embedding.zero_()
     embedding[:, CONSTANT] = CONSTANT_SIZE
     tokens = torch.randn(len(embedding), width, generator=generator)
-    embedding[:, TOKEN] = tokens * TOKEN_NORM / width**0.5
+    # All equally long, or the first norm would make the constant of some louder than of others.
+    embedding[:, TOKEN] = TOKEN_NORM * torch.nn.functional.normalize(tokens)
     # Rows of one orthogonal matrix: the two kv heads of layer 1 copy complementary halves.
     halves = _orthogonal(width, generator).split(model.sizes.head_dim)
     for index in range(model.sizes.num_layers):
