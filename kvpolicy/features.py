@@ -174,6 +174,10 @@ FEATURES = (
         "biases and penalties",
         vllm=Works(f"{_BESIDE}test_biases_and_penalties_change_logits_only"),
     ),
+    Feature(
+        "bad words and least lengths",
+        vllm=Works(f"{_BESIDE}test_bad_words_and_early_stops_are_never_chosen"),
+    ),
     Feature("stop strings and tokens", vllm=Works(f"{_BESIDE}test_stops_cut_the_answer")),
     Feature(
         "priority scheduling",

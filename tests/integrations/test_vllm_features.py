@@ -292,6 +292,35 @@ def test_biases_and_penalties_change_logits_only(engine, model, spec):
 
 
 @pytest.mark.parametrize("spec", SPECS)
+def test_bad_words_and_early_stops_are_never_chosen(engine, cases, model, tokenizer, spec):
+    """Greedy choices are the best ones of what `bad_words` and `min_tokens` leave."""
+    ids, expected = cases.of(spec)[-1]
+    words = {token: tokenizer.decode([token]) for token in expected.tokens}
+    word, said = next(  # vLLM takes a word without the blank before it, and then with one
+        (text, token)
+        for token, text in words.items()
+        if text == text.strip() and tokenizer.encode(text, add_special_tokens=False) == [token]
+    )
+    parameters = ask(spec, bad_words=[word])
+    parameters.update_from_tokenizer(engine.get_tokenizer())
+    bad = [sequence[0] for sequence in parameters.bad_words_token_ids if len(sequence) == 1]
+    assert said in bad
+    early = ask(spec, stop_token_ids=[expected.tokens[0]], min_tokens=NUM_TOKENS)
+    by_word, by_length = engine.generate(
+        [{"prompt_token_ids": ids}] * 2, [parameters, early], use_tqdm=False
+    )
+
+    def best_without(tokens: list[int]) -> list[int]:
+        def choose(logits: torch.Tensor, _: list[int]) -> int:
+            return int(logits.index_fill(0, torch.tensor(tokens), -torch.inf).argmax())
+
+        return answer(model, spec, ids, NUM_TOKENS, choose)
+
+    assert list(by_word.outputs[0].token_ids) == best_without(bad)
+    assert list(by_length.outputs[0].token_ids) == best_without([expected.tokens[0]])
+
+
+@pytest.mark.parametrize("spec", SPECS)
 def test_stops_cut_the_answer(engine, cases, tokenizer, spec):
     """A stop string and a stop token end an answer where they first appear in it."""
     ids, expected = cases.of(spec)[-1]
