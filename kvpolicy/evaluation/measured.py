@@ -59,4 +59,4 @@ def _divergences(reference: Tensor, predicted: Tensor) -> Tensor:
     """KL of each prediction from its reference, both [n, V] log-probabilities; [n] float64."""
     # What is impossible with the full cache adds nothing, also where it stays impossible.
     terms = (reference.exp() * (reference - predicted)).masked_fill(reference == -torch.inf, 0)
-    return terms.sum(dim=-1).double()
+    return terms.sum(dim=-1).double().clamp(min=0)  # below it is rounding
