@@ -233,10 +233,10 @@ def _report(
     prompt = max(sample.prompt_tokens for sample in evaluation.samples[longest])
     policies = [run.policy for run in evaluation.runs]
     taken = {policy: host.bytes_per_request(policy, longest, prompt) for policy in policies}
-    is_narrow = output.width < WIDE
-    for each in tables(evaluation, taken, is_sweep=bool(options.budgets), is_narrow=is_narrow):
+    is_sweep, is_narrow = bool(options.budgets), output.width < WIDE
+    for each in tables(evaluation, taken, is_sweep=is_sweep, is_narrow=is_narrow):
         output.print(each)
-    output.print(legend(evaluation))
+    output.print(legend(evaluation, is_sweep=is_sweep))
     results = [
         {
             **evaluation.as_dict(run),

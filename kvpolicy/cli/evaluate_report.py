@@ -42,8 +42,13 @@ def tables(
             yield ""
 
 
-def legend(evaluation: Evaluation) -> str:
-    """What was measured, and what the columns mean."""
+def legend(evaluation: Evaluation, *, is_sweep: bool) -> str:
+    """What was measured, and what the columns mean.
+
+    Args:
+        evaluation: What was found.
+        is_sweep: Whether budgets stand in columns.
+    """
     lengths = " and ".join(
         f"{len(group)} of {context:,} tokens" for context, group in evaluation.samples.items()
     )
@@ -52,10 +57,13 @@ def legend(evaluation: Evaluation) -> str:
         if evaluation.task.measure == "perplexity"
         else "differences in percentage points"
     )
+    columns = (
+        "; KL, top-1: predictions beside the full cache's; differs: predictions before the first "
+        "other choice, median"
+    )
     return (
         f"samples: {lengths}; against: {means}, 95 % by paired bootstrap over samples; sinks: at "
-        "the same budget; KL, top-1: predictions beside the full cache's; differs: predictions "
-        "before the first other choice, median" + _asked(evaluation)
+        f"the same budget{'' if is_sweep else columns}{_asked(evaluation)}"
     )
 
 
@@ -127,7 +135,8 @@ def _sweep(evaluation: Evaluation, *, is_narrow: bool) -> Iterator[Table | str]:
         rows = table("slots", *map(str, budgets))
         for label, runs in lines.items():
             rows.add_row(label, *(show(runs[b]) if b in runs else "-" for b in budgets))
-        rows.add_row("full", *[show(full)] * len(budgets))
+        if title == evaluation.task.title:
+            rows.add_row("full", *[show(full)] * len(budgets))
         yield rows
         yield ""
 
