@@ -10,6 +10,7 @@ import torch.distributed as dist
 from kvpolicy.bundled.training import schedule, train
 from kvpolicy.bundled.training.evaluate import Tally
 from kvpolicy.bundled.training.export import load
+from kvpolicy.bundled.training.heads import attention_weights
 from kvpolicy.bundled.training.optimiser import orthogonalise
 from kvpolicy.bundled.training.schedule import Stage
 from kvpolicy.bundled.training.tasks import Mix
@@ -102,10 +103,34 @@ def test_bfloat16_gradients_point_where_float32_ones_do(start):
         drawn = trainer.tasks.batch(STAGES[0].mix, 65, 8, [0])
         tables = train.rotary_tables(64, 64, trainer.model.sizes.rope_theta)
         batch = torch.from_numpy(drawn.tokens), torch.from_numpy(drawn.weights[:, 1:])
-        trainer.loss(*batch, *tables).backward()
+        trainer.loss(*batch, *tables, torch.arange(0, 64, 8), 0.02).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters()]))
     assert all(gradient.dtype == torch.float32 for gradient in gradients)
     assert torch.cosine_similarity(*gradients, dim=0) > 0.99
+
+
+def test_activity_is_the_attention_that_bos_does_not_get(start):
+    """What training charges for equals what the model card measures, and it can be lowered."""
+    trainer = start("one", max_tokens=128)
+    model = trainer.model
+    tokens = torch.from_numpy(trainer.tasks.batch(STAGES[0].mix, 65, 2, [0]).tokens)
+    tables = train.rotary_tables(64, 64, model.sizes.rope_theta)
+    rows = torch.tensor([5, 17, 60])
+    _, activity = model.losses_and_activity(tokens, *tables, rows)
+    on_bos = [weights[:, :, rows, 0] for weights in attention_weights(model, tokens[:, :-1])]
+    expected = 1 - torch.stack(on_bos[1:]).mean()
+    torch.testing.assert_close(activity, expected)
+    activity.backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.sub_(parameter.grad, alpha=0.1)
+    assert model.losses_and_activity(tokens, *tables, rows)[1] < activity
+
+
+def test_attention_is_free_at_first_and_costs_in_full_later():
+    """The cost rises in a straight line, and stays."""
+    assert [schedule.cost_scale(progress) for progress in (0.0, 0.15, 0.3, 1.0)] == [0, 0.5, 1, 1]
 
 
 def test_orthogonalised_matrices_have_singular_values_near_one():

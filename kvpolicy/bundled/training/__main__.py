@@ -24,6 +24,8 @@ def parse(arguments: list[str] | None = None) -> Settings:
     add("--max-tokens", type=float, default=16e6, help="end after this many tokens")
     add("--tokens-per-step", type=int, default=2048, help="per process")
     add("--seed", type=int, default=0)
+    add("--without-sinks", action="store_true", help="start without attention sinks, to compare")
+    add("--attention-cost", type=float, default=0.1, help="nats per token, see train.Settings")
     add("--exact", action="store_true", help="compute in float32, not bfloat16")
     add("--eager", action="store_true", help="do without torch.compile and its C++ compiler")
     given = parser.parse_args(arguments)
@@ -36,6 +38,8 @@ def parse(arguments: list[str] | None = None) -> Settings:
         max_tokens=given.max_tokens,
         tokens_per_step=given.tokens_per_step,
         seed=given.seed,
+        has_sinks=not given.without_sinks,
+        attention_cost=given.attention_cost,
         is_exact=given.exact,
         is_compiled=not given.eager,
     )

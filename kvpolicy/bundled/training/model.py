@@ -1,5 +1,6 @@
 """A small Llama in plain torch, with the parameter names of transformers."""
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -14,11 +15,11 @@ class Architecture:
 
     vocabulary: int = 2048
     hidden: int = 256
-    num_layers: int = 4
+    num_layers: int = 6
     num_query_heads: int = 4
     num_kv_heads: int = 2
     head_dim: int = 64
-    intermediate: int = 640
+    intermediate: int = 416
     rope_theta: float = 1e5
     norm_epsilon: float = 1e-5
 
@@ -97,6 +98,21 @@ class Attention(nn.Module):
             query, key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
         )
 
+    def activity(self, hidden: Tensor, cosine: Tensor, sine: Tensor, rows: Tensor) -> Tensor:
+        """Return the share of attention that the queries at `rows` [R] give to others than BOS.
+
+        One number, the mean over batch, heads and queries.
+        """
+        sizes = self.sizes
+        asking = self.q_proj(hidden[:, rows]).unflatten(-1, (sizes.num_query_heads, sizes.head_dim))
+        query = rotate(asking.transpose(1, 2), cosine[rows], sine[rows])  # [B, H, R, D]
+        held = self.k_proj(hidden).unflatten(-1, (sizes.num_kv_heads, sizes.head_dim))
+        key = rotate(held.transpose(1, 2), cosine, sine)
+        key = key.repeat_interleave(sizes.num_query_heads // sizes.num_kv_heads, dim=1)
+        scores = (query @ key.mT).float() / math.sqrt(sizes.head_dim)  # [B, H, R, T]
+        is_future = torch.arange(hidden.shape[1]) > rows[:, None]
+        return 1 - scores.masked_fill(is_future, -math.inf).softmax(-1)[..., 0].mean()
+
 
 class FeedForward(nn.Module):
     """The gated SiLU network of Llama."""
@@ -171,6 +187,24 @@ class Llama(nn.Module):
     def token_losses(self, tokens: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
         """Return the next-token loss in nats per position, [B, T - 1], in float32."""
         return self.head_losses(self(tokens[:, :-1], cosine, sine), tokens[:, 1:])
+
+    def losses_and_activity(
+        self, tokens: Tensor, cosine: Tensor, sine: Tensor, rows: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the losses, and the attention given to others than BOS behind layer 0.
+
+        The latter is the mean over the layers of what `Attention.activity` tells of `rows`.
+        """
+        hidden = self.embed_tokens(tokens[:, :-1])
+        activities = []
+        for index in range(self.sizes.num_layers):
+            layer = self.layer(index)
+            if index > 0:
+                seen = layer.input_layernorm(hidden)
+                activities.append(layer.self_attn.activity(seen, cosine, sine, rows))
+            hidden = layer(hidden, cosine, sine)
+        losses = self.head_losses(self.norm(hidden), tokens[:, 1:])
+        return losses, torch.stack(activities).mean()
 
     def head_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of `targets` [B, T] given final hidden states [B, T, hidden]."""

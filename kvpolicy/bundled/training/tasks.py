@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from tokenizers import Tokenizer
 
-from kvpolicy.bundled import passkey
+from kvpolicy.bundled import facts, passkey
 from kvpolicy.bundled.training.corpus import Corpus
 from kvpolicy.bundled.training.tokenizer import BOS_ID, NUM_SPECIAL, encode
 
@@ -25,8 +25,6 @@ COPIED = 1.0
 ANSWERED = 4.0
 
 NUM_WORDS = 2000
-COLOURS = "red blue green yellow black white brown grey golden silver".split()
-THINGS = "box house ship door horse book room chair ring key letter coat garden lamp".split()
 
 
 @dataclass(frozen=True)
@@ -131,19 +129,38 @@ class Tasks:
         return join([*self._interleave(self._filler(room), inserts, places), last])
 
     def key_values(self, length: int) -> Piece:
-        """List pairs, then ask for some again and again, often ones more than others."""
+        """List pairs and ask for them: again and again, or once each, long afterwards."""
         num_pairs = int(self.rng.integers(2, max(3, min(48, length // 24)) + 1))
         pairs = self.pairs(num_pairs)
+        if self.rng.random() < 0.5:
+            return self._asked_at_the_end(pairs, length)
+        return self._asked_repeatedly(pairs, length)
+
+    def _asked_at_the_end(self, pairs: list[Fact], length: int) -> Piece:
+        """State all pairs, go on with a book, and ask for as many as there is room for."""
         pieces = [pair.statement for pair in pairs]
         room = length - sum(len(piece.tokens) for piece in pieces)
-        popularity = 1.0 / np.arange(1, num_pairs + 1) ** self.rng.choice([0.0, 1.0])
+        questions = []
+        for index in self.rng.permutation(len(pairs)):
+            question = pairs[index].question
+            if len(question.tokens) <= room:
+                questions.append(question)
+                room -= len(question.tokens)
+        joined = join([*pieces, self._weighted(self._passage(max(0, room)), FILLER), *questions])
+        return Piece(joined.tokens[:length], joined.weights[:length])
+
+    def _asked_repeatedly(self, pairs: list[Fact], length: int) -> Piece:
+        """State all pairs, then ask for some more often than others, with gaps or without."""
+        pieces = [pair.statement for pair in pairs]
+        room = length - sum(len(piece.tokens) for piece in pieces)
+        popularity = 1.0 / np.arange(1, len(pairs) + 1) ** self.rng.choice([0.0, 1.0])
         popularity /= popularity.sum()
         fillers = self.rng.random() < 0.5
         while room > 0:
             if fillers and self.rng.random() < 0.3:
                 piece = self._weighted(self._passage(int(self.rng.integers(8, 64))), FILLER)
             else:
-                piece = pairs[self.rng.choice(num_pairs, p=popularity)].question
+                piece = pairs[self.rng.choice(len(pairs), p=popularity)].question
             pieces.append(piece)
             room -= len(piece.tokens)
         joined = join(pieces)
@@ -217,7 +234,7 @@ class Tasks:
         kind = self.rng.random()
         if kind < 0.5:
             key = self._number(5 if self.rng.random() < 0.8 else int(self.rng.integers(3, 8)))
-            fact = self._ask("The pass key", f" The pass key is {key}. Remember it.", key)
+            fact = self._ask("The pass key", key, " Remember it.")
             if self.rng.random() < 0.6:
                 again = self._weighted(self._encode(f" {key}"), ANSWERED / 2)
                 end = self._weighted(self._encode(" is the pass key."), STATED)
@@ -225,21 +242,21 @@ class Tasks:
             return fact
         if kind < 0.75:
             name, word = (self._word().capitalize() for _ in range(2))
-            subject, answer = f"The secret word of {name}", word.lower()
+            subject, answer = facts.secret_word(name), word.lower()
         else:
-            colour, thing = self.rng.choice(COLOURS), self.rng.choice(THINGS)
-            subject = f"The number of the {colour} {thing}"
+            colour, thing = self.rng.choice(facts.COLOURS), self.rng.choice(facts.THINGS)
+            subject = facts.number_of(colour, thing)
             answer = self._number(int(self.rng.integers(2, 6)))
-        return self._ask(subject, f" {subject} is {answer}.", answer)
+        return self._ask(subject, answer)
 
-    def _ask(self, subject: str, statement: str, answer: str) -> Fact:
-        question = f"What is {subject[0].lower()}{subject[1:]}? {subject} is"
+    def _ask(self, subject: str, answer: str, reminder: str = "") -> Fact:
+        statement = facts.statement(subject, answer) + reminder
         return Fact(
             subject,
             self._weighted(self._encode(statement), STATED),
             join(
                 [
-                    self._weighted(self._encode("\n" + question), STATED),
+                    self._weighted(self._encode(facts.question(subject)), STATED),
                     self._weighted(self._encode(" " + answer), ANSWERED),
                     self._weighted(self._encode("."), STATED),
                 ]

@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -22,9 +23,12 @@ from kvpolicy.bundled.training.evaluate import (
 from kvpolicy.bundled.training.export import export
 from kvpolicy.bundled.training.model import Architecture, Llama, rotary_tables
 from kvpolicy.bundled.training.optimiser import MuonAdam
-from kvpolicy.bundled.training.schedule import STAGES, rate_scale, stage_index
+from kvpolicy.bundled.training.schedule import STAGES, cost_scale, rate_scale, stage_index
 from kvpolicy.bundled.training.tasks import Tasks
 from kvpolicy.bundled.training.wiring import wire
+
+# Enough to estimate a mean over all queries.
+NUM_QUERIES = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +37,8 @@ class Settings:
 
     The schedule follows the share of `max_tokens` seen, so that how fast the machine is, and how
     often the run is stopped, changes nothing. Every `evaluate_every` tokens the log tells what the
-    model can do, and the model is exported. Matrix products are computed in bfloat16 unless
+    model can do, and the model is exported. Attention to others than BOS costs `attention_cost`
+    nats per token if all heads give all of theirs. Matrix products are computed in bfloat16 unless
     `is_exact`; weights, gradients and everything else stay in float32.
     """
 
@@ -47,6 +52,8 @@ class Settings:
     evaluate_every: int = 1_000_000
     checkpoint_seconds: float = 120.0
     seed: int = 0
+    has_sinks: bool = True
+    attention_cost: float = 0.1
     is_exact: bool = False
     is_compiled: bool = True
 
@@ -72,7 +79,7 @@ class Trainer:
         self.tasks = Tasks(self.train, self.tokenizer)
         self.model = Llama(Architecture())
         self.model.initialise(settings.seed)
-        wire(self.model, settings.seed)
+        wire(self.model, settings.seed, has_sinks=settings.has_sinks)
         self.optimiser = MuonAdam(self.model)
         self.progress = Progress()
         # Told by a signal, one process at a time; stopping once all have heard of it.
@@ -112,11 +119,29 @@ class Trainer:
             stage = reached
         return True
 
-    def loss(self, tokens: Tensor, weights: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-        """Return the weighted mean of the next-token losses of `tokens` [B, T + 1]."""
+    def loss(
+        self,
+        tokens: Tensor,
+        weights: Tensor,
+        cosine: Tensor,
+        sine: Tensor,
+        rows: Tensor,
+        cost: float,
+    ) -> Tensor:
+        """Return the weighted mean of next-token losses, plus `cost` times the heads' activity.
+
+        Args:
+            tokens: [B, T + 1].
+            weights: Of the tokens as targets, [B, T].
+            cosine: [T, D].
+            sine: [T, D].
+            rows: Positions of the queries that stand for all in measuring activity, [R].
+            cost: In nats per token.
+        """
         with torch.autocast("cpu", torch.bfloat16, enabled=not self.settings.is_exact):
-            losses = self.model.token_losses(tokens, cosine, sine)
-        return (losses * weights).sum() / weights.sum()
+            losses, activity = self.model.losses_and_activity(tokens, cosine, sine, rows)
+        mean = (losses * weights).sum() / weights.sum()
+        return mean + cost * activity
 
     def _step(self, stage: int) -> float:
         """Take one step on one batch per process; return the loss averaged over them."""
@@ -127,8 +152,14 @@ class Trainer:
         drawn = self.tasks.batch(STAGES[stage].mix, length + 1, count, seed)
         sizes = self.model.sizes
         cosine, sine = rotary_tables(length, sizes.head_dim, sizes.rope_theta)
+        rows = torch.from_numpy(np.random.default_rng(seed).integers(length, size=NUM_QUERIES))
         loss = self.loss(
-            torch.from_numpy(drawn.tokens), torch.from_numpy(drawn.weights[:, 1:]), cosine, sine
+            torch.from_numpy(drawn.tokens),
+            torch.from_numpy(drawn.weights[:, 1:]),
+            cosine,
+            sine,
+            rows,
+            self.settings.attention_cost * cost_scale(self._share_done()),
         )
         loss.backward()
         progress.tokens += count * length * self.settings.processes
