@@ -166,7 +166,7 @@ def test_a_disk_without_room_is_noticed_before_work_begins(
         ["--tokens", "100000"],
         ["--tokens", "600", "--sequences", "4"],
         ["--tokens", "1"],
-        ["--layers", "4"],
+        ["--layers", "99"],
         ["--layers", "x"],
         ["--kv-heads", "2"],
         ["--query-stride", "0"],

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvpolicy import PolicyError
+from kvpolicy import PolicyError, bundled_model
 from kvpolicy.bundled import heldout_text
 from kvpolicy.cli import main
 from kvpolicy.cli.arguments import with_baselines, with_budgets
@@ -37,6 +37,13 @@ def evaluate(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
     """Run the command with `--json -` and return what it printed."""
     assert main(["eval", *arguments, "--json", "-"]) == 0
     return json.loads(capsys.readouterr().out)
+
+
+def bytes_per_slot() -> int:
+    """Float32 keys and values of the bundled model, and 12 bytes of state, in every layer."""
+    config = json.loads(Path(bundled_model(), "config.json").read_text(encoding="utf-8"))
+    heads = config["num_hidden_layers"] * config["num_key_value_heads"]
+    return heads * (2 * config["head_dim"] * 4 + 12)
 
 
 @pytest.mark.parametrize(
@@ -118,8 +125,7 @@ def test_perplexity_json_has_the_contracts_keys(
     assert full["logit_kl"] == pytest.approx(0.0, abs=1e-6)
     assert full["top1_agreement"] == 1.0
     assert window["logit_kl"] > 0.01
-    # 4 layers, 2 KV heads, K and V of 64 float32 numbers, 12 bytes of state; interval 1
-    slot = 4 * 2 * (2 * 64 * 4 + 12)
+    slot = bytes_per_slot()  # interval 1
     assert window["bytes_per_request"] == sinks["bytes_per_request"] == 17 * slot
     assert full["bytes_per_request"] == 256 * slot
     assert window["passkey"] is None
@@ -146,7 +152,7 @@ def test_a_prompt_is_read_densely_and_not_scored(
     assert all(entry["tokens"] == 32 * windows for entry in result["results"])
     assert 0 < kept["logit_kl"] < bulk["logit_kl"] < stream["logit_kl"]
     assert whole["ppl"] == pytest.approx(full["ppl"], rel=1e-6)  # all 32 predictions fit
-    slot = 4 * 2 * (2 * 64 * 4 + 12)
+    slot = bytes_per_slot()
     assert stream["bytes_per_request"] == 17 * slot
     assert bulk["bytes_per_request"] == 96 * slot
     assert kept["bytes_per_request"] == (96 + 17) * slot
