@@ -25,7 +25,7 @@ def parse(arguments: list[str] | None = None) -> Settings:
     add("--tokens-per-step", type=int, default=2048, help="per process")
     add("--seed", type=int, default=0)
     add("--without-sinks", action="store_true", help="start without attention sinks, to compare")
-    add("--attention-cost", type=float, default=0.1, help="nats per token, see train.Settings")
+    add("--attention-cost", type=float, default=0.03, help="nats per token, see train.Settings")
     add("--exact", action="store_true", help="compute in float32, not bfloat16")
     add("--eager", action="store_true", help="do without torch.compile and its C++ compiler")
     given = parser.parse_args(arguments)

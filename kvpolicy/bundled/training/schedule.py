@@ -10,7 +10,7 @@ from kvpolicy.bundled.training.tasks import Mix
 WARM_UP_STEPS = 150
 DECAY_FROM = 0.50
 FINAL_SCALE = 0.02
-FULL_COST_FROM = 0.30
+FULL_COST_FROM = 0.08
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,7 +53,7 @@ class Settings:
     checkpoint_seconds: float = 120.0
     seed: int = 0
     has_sinks: bool = True
-    attention_cost: float = 0.1
+    attention_cost: float = 0.03
     is_exact: bool = False
     is_compiled: bool = True
 
