@@ -106,7 +106,7 @@ def test_an_exact_answer_is_what_generation_writes(spec, question):
         )
         written.append(generated[0, ids.shape[1] :].tolist() == answer)
     assert right == written
-    assert any(right)
+    assert spec != "full" or any(right)
 
 
 def test_a_file_of_another_model_is_refused(tmp_path):
