@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 # Set before anything imports a host: the hosts read them once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -21,6 +22,16 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 torch.set_num_threads(1)
+
+# The same draws in every run; nothing that a slow machine fails.
+settings.register_profile(
+    "kvpolicy",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("kvpolicy")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import torch
-from hypothesis import assume, settings
+from hypothesis import assume
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -13,10 +13,6 @@ import kvpolicy
 from kvpolicy.policy import Parameter, Protection, parameters
 from kvpolicy.registry import BUILT_IN, find
 from kvpolicy.rehearsal import Case
-
-# The same draws in every run; no deadlines, because the first tensor operation is slow anywhere.
-settings.register_profile("kvpolicy", deadline=None, derandomize=True, database=None)
-settings.load_profile("kvpolicy")
 
 SEEDS = st.integers(0, 9999)
 

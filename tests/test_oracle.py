@@ -111,7 +111,7 @@ def test_outputs_are_dense_attention_under_the_mask_of_the_retained_sets(spec: s
 
 
 @given(seed=st.integers(0, 999), budget=st.integers(1, 12), interval=st.integers(1, 15))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_h2o_with_everything_recent_is_window(seed: int, budget: int, interval: int) -> None:
     """Proves E1 T3, first half: a recent share of 1.0 leaves attention no say."""
     q, k, v = random_qkv(seed)
@@ -141,7 +141,7 @@ def test_h2o_on_uniform_attention_is_sinks(recent: int) -> None:
 
 
 @given(budget=st.integers(5, 20), interval=st.integers(1, 30), name=st.sampled_from(POLICIES))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_holds_what_the_occupancy_law_says(budget: int, interval: int, name: str) -> None:
     """Proves the law of design.md 3.2, written out by counting instead of by formula."""
     q, k, v = random_qkv(length=60)

@@ -62,7 +62,7 @@ def test_nothing_else_holds_what_was_evicted() -> None:
     chunks=st.lists(st.integers(1, 30), min_size=1, max_size=5),
     rows=st.integers(1, 3),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_the_ledger_is_the_occupancy_law(spec: str, chunks: list[int], rows: int) -> None:
     """Proves what storage counted as dropped is what the law demands, after any forward."""
     past = PolicyCache(small_llama(), spec)

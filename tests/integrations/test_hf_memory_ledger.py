@@ -74,7 +74,7 @@ def merged(spec: str, evicted: int) -> int:
     chunks=st.lists(st.integers(1, 30), min_size=1, max_size=5),
     rows=st.integers(1, 3),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_the_ledger_counts_memories(spec: str, chunks: list[int], rows: int) -> None:
     """Proves slots, merged tokens and savings are what the law and the storage say."""
     past = PolicyCache(small_llama(), spec)

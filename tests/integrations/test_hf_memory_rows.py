@@ -152,7 +152,7 @@ def test_a_left_padded_batch_generates_what_its_rows_do(spec: str, chunk: int | 
 
 
 @given(data=st.data(), spec=st.sampled_from(SPECS))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @torch.no_grad()
 def test_padding_anywhere_leaves_memories_alone(data: st.DataObject, spec: str) -> None:
     """Proves only real tokens are absorbed, wherever padding and chunk borders lie."""

@@ -139,7 +139,7 @@ def whole_logits(spec: str) -> torch.Tensor:
     spec=st.sampled_from(SPECS),
     borders=st.sets(st.integers(1, PROMPT - 1)).map(sorted),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_chunking_gives_the_same_logits_and_sets(spec: str, borders: list[int]) -> None:
     """Proves schedule invariance: where forwards end never shows in any logit or set."""
     past, whole = PolicyCache(small_llama(), spec), PolicyCache(small_llama(), spec)
