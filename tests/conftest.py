@@ -1,5 +1,6 @@
 """One environment for every test: offline, one torch thread, fixed seeds, poisoned memory."""
 
+import gc
 import importlib.util
 import os
 import random
@@ -43,6 +44,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if lacks_vllm and item.get_closest_marker("vllm"):
             item.add_marker(pytest.mark.skip(reason="needs vLLM: install kvpolicy[cpu] or [vllm]"))
+
+
+def pytest_unconfigure() -> None:
+    """Let the process end: vLLM looks for garbage twice with every engine that ends at exit."""
+    gc.collect = lambda *_: 0
 
 
 @pytest.fixture(autouse=True)
