@@ -1,11 +1,11 @@
-"""Attention rows of newest tokens, computed from keys where they lie in the pages.
+"""Attention rows of single tokens, computed from keys where they lie in the pages.
 
 A gathered copy of the keys takes longer than the products themselves. Compiled by numba at its
 first call, seconds once and then kept on disk; nothing is compiled when this module is imported.
 It serves float32 pages in the ``vec`` packing.
 
-Axes: R rows, n blocks per row, H_kv KV heads, G query heads per KV head, D head dimension,
-P slots of a block, S = n P slots of a row.
+Axes: R rows, n blocks per row, Q queries of a row, H_kv KV heads, G query heads per KV head,
+D head dimension, P slots of a block, S = n P slots of a row.
 """
 
 from functools import cache
@@ -57,7 +57,7 @@ class _Call(NamedTuple):
     Attributes:
         taken: Tasks that threads have taken; the only number that changes.
         memory: Address of the pages; those of the other tensors follow.
-        numbers: [X] of the pages, then R, H_kv, G, D, n and S.
+        numbers: [X] of the pages, then R, Q, H_kv, G, D, n and S.
         first: `Runs` of the keys, field by field.
         together: KV heads of a task.
         pool: One of `POOLS`.
@@ -71,6 +71,7 @@ class _Call(NamedTuple):
     pooled: int
     numbers: int
     rows: int
+    queries: int
     kv_heads: int
     group: int
     dim: int
@@ -95,23 +96,26 @@ def pooled_rows(
     pooled: Tensor,
     pool: int,
 ) -> None:
-    """Softmax rows of one query per row and query head, reduced to KV heads.
+    """Softmax rows of queries, reduced from query heads to KV heads.
+
+    Keys are read once for all queries of a row, so that many of them cost little more than one.
 
     Args:
         memory: [X] float32, all pages as they lie in memory.
         runs: `Runs` of the keys, [D, P].
         blocks: [R, n] int64.
-        visible: [R] int64 slots that a row's query attends to.
-        query: [R, H_kv, G, D] float32, scaled.
-        pooled: [R, H_kv, S] float32, contiguous, written; zero for what is not visible.
+        visible: [R, Q] int64 slots that a query attends to.
+        query: [R, Q, H_kv, G, D] float32, scaled.
+        pooled: [R, H_kv, Q, S] float32, contiguous, written; zero for what is not visible.
         pool: One of `POOLS`.
     """
     blocks, visible, query = blocks.contiguous(), visible.contiguous(), query.contiguous()
     tensors = (memory, blocks, visible, query, pooled)
-    sizes = (memory.numel(), *query.shape, blocks.shape[1], pooled.shape[2])
-    rows, kv_heads = query.shape[:2]
+    sizes = (memory.numel(), *query.shape, blocks.shape[1], pooled.shape[3])
+    rows, queries, kv_heads = query.shape[:3]
     # Heads of a page are read best by one thread, one after the other, where rows are enough.
-    together = kv_heads if rows >= torch.get_num_threads() else 1
+    # Many queries are not kept waiting by memory, but by what they need of the nearest cache.
+    together = kv_heads if queries == 1 and rows >= torch.get_num_threads() else 1
     addresses = (x.data_ptr() for x in tensors)
     call = _Call._make((0, *addresses, *sizes, *runs, together, pool))
     share(_compiled(), call, tasks=rows * (kv_heads // together))
@@ -127,12 +131,14 @@ def _compiled() -> Any:
 def _work(place):  # noqa: ANN001, ANN202
     """Take rows and KV heads of the `_Call` at a place until none is left."""
     call = _Call(*as_tuple(numba.carray(place, _FIELDS), _FIELDS))
-    rows, kv_heads, group, dim = call.rows, call.kv_heads, call.group, call.dim
+    rows, queries, kv_heads, num_slots = call.rows, call.queries, call.kv_heads, call.num_slots
     memory = numba.carray(pointer(call.memory, numba.float32), call.numbers)
     blocks = numba.carray(pointer(call.blocks, numba.int64), (rows, call.num_blocks))
-    visible = numba.carray(pointer(call.visible, numba.int64), rows)
-    query = numba.carray(pointer(call.query, numba.float32), (rows, kv_heads, group, dim))
-    pooled = numba.carray(pointer(call.pooled, numba.float32), (rows, kv_heads, call.num_slots))
+    visible = numba.carray(pointer(call.visible, numba.int64), (rows, queries))
+    shape = rows, queries, kv_heads, call.group, call.dim
+    query = numba.carray(pointer(call.query, numba.float32), shape)
+    shape = rows, kv_heads, queries, num_slots
+    pooled = numba.carray(pointer(call.pooled, numba.float32), shape)
     taken = numba.carray(place, 1)
     parts = -(-kv_heads // call.together)
     task = take(taken)
@@ -140,34 +146,39 @@ def _work(place):  # noqa: ANN001, ANN202
         row, part = divmod(task, parts)
         heads = slice(part * call.together, (part + 1) * call.together)
         keys = Runs(call.first + heads.start * call.head, call.page, call.head)
-        reduced = pooled[row, heads]
-        _pool(memory, keys, blocks[row], visible[row], query[row, heads], reduced, call.pool)
+        asked, reduced = query[row, :, heads], pooled[row, heads]
+        _pool(memory, keys, blocks[row], visible[row], asked, reduced, call.pool)
         task = take(taken)
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
-def _pool(memory, keys, blocks, seen, query, pooled, pool):  # noqa: ANN001, ANN202
-    """Softmax rows of heads' queries [H_kv, G, D] over their keys, reduced to [H_kv, S]."""
-    kv_heads, group, _ = query.shape
-    num_slots = pooled.shape[1]
+def _pool(memory, keys, blocks, visible, query, pooled, pool):  # noqa: ANN001, ANN202
+    """Softmax rows of heads' queries [Q, H_kv, G, D] over their keys, reduced to [H_kv, Q, S]."""
+    queries, kv_heads, group, dim = query.shape
+    num_slots = pooled.shape[2]
     size = num_slots // len(blocks)
-    logits = np.empty((kv_heads, group, num_slots), np.float32)
-    products = np.empty((group, size), np.float32)
+    rows = np.empty((kv_heads, queries * group, dim), np.float32)
+    for head in range(kv_heads):
+        for each in range(queries):
+            rows[head, each * group : (each + 1) * group] = query[each, head]
+    logits = np.empty((kv_heads, queries * group, num_slots), np.float32)
+    products = np.empty((queries * group, size), np.float32)
     powers = np.empty(num_slots, np.int32)
-    count = -(-seen // size) * kv_heads
+    count = -(-visible.max() // size) * kv_heads
     for run in range(count):  # in the order in which they lie in a page
         block, head = divmod(run, kv_heads)
         start = _start(keys, blocks[block], head)
         block_ahead, head_ahead = divmod(min(run + _AHEAD, count - 1), kv_heads)
         ahead = _start(keys, blocks[block_ahead], head_ahead)
-        _multiply(memory, start, ahead, query[head], products)
+        _multiply(memory, start, ahead, rows[head], products)
         logits[head, :, block * size : (block + 1) * size] = products
     for head in range(kv_heads):
-        reduced = pooled[head]
-        reduced[:] = 0
-        for member in range(group):
-            total = _exponentiate(logits[head, member], powers, seen)
-            _reduce(logits[head, member], reduced, seen, total, group, pool)
+        for each in range(queries):
+            reduced, seen = pooled[head, each], visible[each]
+            reduced[:] = 0
+            for member in range(each * group, (each + 1) * group):
+                total = _exponentiate(logits[head, member], powers, seen)
+                _reduce(logits[head, member], reduced, seen, total, group, pool)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -177,26 +188,40 @@ def _start(runs, block, head):  # noqa: ANN001, ANN202
 
 
 @numba.njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
-def _multiply(memory, start, ahead, query, products):  # noqa: ANN001, ANN202
-    """Products [G, P] of queries [G, D] with one run's keys; four rows of keys at once.
+def _multiply(memory, start, ahead, rows, products):  # noqa: ANN001, ANN202
+    """Products [X, P] of rows [X, D] with one run's keys; eight rows of keys at once.
 
     Meanwhile the keys of the run `ahead` are fetched.
     """
-    group, dim = query.shape
+    num_rows, dim = rows.shape
     size = products.shape[1]
     products[:] = 0
-    for d in range(0, dim, 4):
-        at = start + d * size
-        for line in range(d * size, (d + 4) * size, _LANES):
+    for d in range(0, dim, 8):
+        for line in range(d * size, (d + 8) * size, _LANES):
             prefetch(memory, ahead + line)
-        first, second = memory[at : at + size], memory[at + size : at + 2 * size]
-        third, fourth = memory[at + 2 * size : at + 3 * size], memory[at + 3 * size : at + 4 * size]
-        for member in range(group):
-            a, b = query[member, d], query[member, d + 1]
-            c, e = query[member, d + 2], query[member, d + 3]
-            out = products[member]
+        at, then = start + d * size, start + (d + 4) * size
+        k0, k1 = memory[at : at + size], memory[at + size : at + 2 * size]
+        k2, k3 = memory[at + 2 * size : at + 3 * size], memory[at + 3 * size : then]
+        k4, k5 = memory[then : then + size], memory[then + size : then + 2 * size]
+        k6, k7 = (
+            memory[then + 2 * size : then + 3 * size],
+            memory[then + 3 * size : then + 4 * size],
+        )
+        for row in range(num_rows):
+            q0, q1, q2, q3 = rows[row, d], rows[row, d + 1], rows[row, d + 2], rows[row, d + 3]
+            q4, q5, q6, q7 = rows[row, d + 4], rows[row, d + 5], rows[row, d + 6], rows[row, d + 7]
+            out = products[row]
             for slot in range(size):
-                out[slot] += a * first[slot] + b * second[slot] + c * third[slot] + e * fourth[slot]
+                out[slot] += (
+                    q0 * k0[slot]
+                    + q1 * k1[slot]
+                    + q2 * k2[slot]
+                    + q3 * k3[slot]
+                    + q4 * k4[slot]
+                    + q5 * k5[slot]
+                    + q6 * k6[slot]
+                    + q7 * k7[slot]
+                )
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
@@ -256,36 +281,38 @@ def _reduce(row, reduced, count, total, group, pool):  # noqa: ANN001, ANN202
 
 @numba.njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
 def fold_rows(memory, runs, blocks, visible, pooled, fading, gain):  # noqa: ANN001, ANN201
-    """Fold pooled rows into the statistic kept with the slots.
+    """Fold pooled rows into the statistic kept with the slots, a row's queries in their order.
 
     Args:
         memory: [X] float32, all pages as they lie in memory.
         runs: `Runs` of the statistic, [P].
         blocks: [R, n] int64.
-        visible: [R] int64.
-        pooled: [R, H_kv, S] float32, any strides.
-        fading: [R] float32 factor on what is there; with 0 the statistic starts over.
-        gain: [R] float32 factor on the weights.
+        visible: [R, Q] int64.
+        pooled: [R, H_kv, Q, S] float32, any strides.
+        fading: [R, Q] float32 factor on what is there; with 0 the statistic starts over.
+        gain: [R, Q] float32 factor on the weights.
     """
-    rows, kv_heads, num_slots = pooled.shape
+    rows, kv_heads, queries, num_slots = pooled.shape
     size = num_slots // blocks.shape[1]
     for row in range(rows):
-        for block in range(-(-visible[row] // size)):
-            first = block * size
-            count = min(size, visible[row] - first)
-            for head in range(kv_heads):
-                start = _start(runs, blocks[row, block], head)
-                kept = memory[start : start + count]
-                if fading[row] == 0:  # whatever is there, numbers or not
-                    kept[:] = 0
-                fresh = pooled[row, head, first : first + count]
-                for slot in range(count):
-                    kept[slot] = kept[slot] * fading[row] + fresh[slot] * gain[row]
+        for head in range(kv_heads):
+            for each in range(queries):
+                for block in range(-(-visible[row, each] // size)):
+                    first = block * size
+                    count = min(size, visible[row, each] - first)
+                    start = _start(runs, blocks[row, block], head)
+                    kept = memory[start : start + count]
+                    if fading[row, each] == 0:  # whatever is there, numbers or not
+                        kept[:] = 0
+                    fresh = pooled[row, head, each, first : first + count]
+                    for slot in range(count):
+                        kept[slot] = kept[slot] * fading[row, each] + fresh[slot] * gain[row, each]
 
 
 def prepare() -> None:
     """Compile what this module computes, or load what an earlier run compiled."""
     _compiled()
-    memory, pooled = np.zeros(1, np.float32), np.zeros((1, 1, 1), np.float32)
-    blocks, visible, ones = np.zeros((1, 1), np.int64), np.ones(1, np.int64), np.ones(1, np.float32)
-    fold_rows(memory, Runs(0, 0, 0), blocks, visible, pooled, ones, ones)
+    memory, pooled = np.zeros(1, np.float32), np.zeros((1, 1, 1, 1), np.float32)
+    blocks = visible = np.ones((1, 1), np.int64)
+    ones = np.ones((1, 1), np.float32)
+    fold_rows(memory, Runs(0, 0, 0), blocks * 0, visible, pooled, ones, ones)

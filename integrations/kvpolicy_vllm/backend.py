@@ -33,8 +33,9 @@ from kvpolicy_vllm.execution import LayerBatch, attend_in_place, decide, place, 
 from kvpolicy_vllm.kernel import Kernel
 from kvpolicy_vllm.memory import PagedMemory, rehearse
 from kvpolicy_vllm.metadata import RetentionMetadata
+from kvpolicy_vllm.observation import observe
 from kvpolicy_vllm.pages import Pages
-from kvpolicy_vllm.parts import Decision, Recollection, Walk
+from kvpolicy_vllm.parts import Decision, Observation, Part, Recollection, Walk
 from kvpolicy_vllm.ranks import tensor_ranks
 from kvpolicy_vllm.recollection import recollect
 from kvpolicy_vllm.rows import Row
@@ -258,14 +259,14 @@ class RetentionImpl(CPUAttentionBackendImpl):
             assert metadata.schedule is not None, "made with the plan"
             attend_in_place(plan.in_place, self._kernel, batch, metadata.schedule)
 
-    def _carry_out(
-        self, part: Decision | Recollection | Walk, index: int, batch: LayerBatch
-    ) -> None:
+    def _carry_out(self, part: Part, index: int, batch: LayerBatch) -> None:
         """Ask a policy about its rows; if that fails, their slots are as they were."""
         layer, memory = self._layer(part.policy, index), self._memory(part.policy, index)
         match part:
             case Decision():
                 decide(part, layer, self._pages, batch.query)
+            case Observation():
+                observe(part, layer, self._pages, batch.query)
             case Recollection():
                 assert memory is not None, "only policies with a memory read one"
                 recollect(part, memory, batch)

@@ -5,7 +5,7 @@ a ledger while its pages still stand.
 """
 
 import re
-from collections import OrderedDict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -72,6 +72,22 @@ class Fault(NamedTuple):
     reason: str
 
 
+class Observed(NamedTuple):
+    """A token whose attention is yet to be folded into the statistic.
+
+    Attributes:
+        query: [H, D].
+        visible: Slots that it attends to.
+        fading: Factor on the statistic as it was before the token.
+        gain: Factor on the token's weights before they are added.
+    """
+
+    query: Tensor
+    visible: int
+    fading: float
+    gain: float
+
+
 @dataclass
 class Account:
     """What happened to one request so far.
@@ -85,6 +101,7 @@ class Account:
         policy_seconds: Time spent observing and evicting.
         memories: Where its memory lies, by layer; only layers in which it was written.
         faults: Where its policy failed, by layer.
+        backlogs: Tokens whose attention is yet to be folded, by layer.
     """
 
     name: str
@@ -95,6 +112,7 @@ class Account:
     policy_seconds: float = 0.0
     memories: dict[int, PagedMemory] = field(default_factory=dict)
     faults: dict[int, Fault] = field(default_factory=dict)
+    backlogs: dict[int, list[Observed]] = field(default_factory=lambda: defaultdict(list))
 
     @property
     def fault(self) -> str | None:

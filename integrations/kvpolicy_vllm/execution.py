@@ -1,7 +1,7 @@
-"""Carries out a plan on one layer's pages: observe, evict, and walk prompts.
+"""Carries out a plan on one layer's pages: append, attend, evict, and walk prompts.
 
 Axes: R rows, n blocks per row, S slots, P slots of a block, H heads, H_kv KV heads,
-G query heads per KV head, D head dimension, Q tokens of a row.
+D head dimension, Q tokens of a row.
 """
 
 from time import perf_counter
@@ -16,13 +16,19 @@ from kvpolicy.lookahead import extend
 from kvpolicy.memory.state import slots_of
 from kvpolicy.selection import select_victims
 from kvpolicy.slots import Slots
-from kvpolicy_vllm import attention_rows
-from kvpolicy_vllm.attention_rows import POOLS
 from kvpolicy_vllm.kernel import Kernel
 from kvpolicy_vllm.memory import PagedMemory
+from kvpolicy_vllm.observation import catch_up, fold, pooled_weights
 from kvpolicy_vllm.pages import Moves, Pages, fill_holes, put_rows, rows_of
-from kvpolicy_vllm.parts import Decision, Eviction, InPlace, Placement, Walk
-from kvpolicy_vllm.rows import Row
+from kvpolicy_vllm.parts import (
+    Decision,
+    Eviction,
+    InPlace,
+    Placement,
+    Walk,
+    without_prompts,
+)
+from kvpolicy_vllm.rows import post_time
 
 _MAX_LOGITS = 1 << 22
 """Query-key products held at once while attention is recorded."""
@@ -73,10 +79,10 @@ def attend_in_place(part: InPlace, kernel: Kernel, batch: LayerBatch, schedule: 
 
 
 def decide(decision: Decision, layer: AttentionLayer, pages: Pages, query: Tensor) -> None:
-    """Observe the newest tokens' attention and evict where it is due.
+    """Observe the newest tokens' attention and evict.
 
     The rows' tokens were already appended and attended. Everything is decided before anything is
-    stored: if the policy fails, the pages are as they were.
+    stored: if the policy fails, the pages are as they were, but for what was observed before.
 
     Args:
         decision: Rows of one policy.
@@ -85,88 +91,21 @@ def decide(decision: Decision, layer: AttentionLayer, pages: Pages, query: Tenso
         query: [T, H, D] of the whole batch.
     """
     begin = perf_counter()
-    weights = _weights(decision, layer, pages, query) if layer.needs_weights else None
+    visible, weights = decision.visible[:, None], None
+    if layer.accumulates:
+        catch_up(decision.rows, decision.blocks, decision.written, layer, pages)
+    if layer.needs_weights:
+        newest = query[decision.last_tokens][:, None]
+        weights = pooled_weights(newest, decision.blocks, visible, layer, pages)
     moves = [_moves(each, layer, pages, weights) for each in decision.evictions]
     if weights is not None and layer.accumulates:
-        _fold_in_place(decision, pages, weights)
+        fading, gain = decision.fading[:, None], decision.gain[:, None]
+        fold(pages, decision.written, visible, weights, fading, gain)
     for eviction, chosen in zip(decision.evictions, moves, strict=True):
         pages.move(chosen)
         for row, dropped in zip(eviction.rows, chosen.dropped, strict=True):
             row.account.evicted_cells += dropped
     post_time(decision.rows, perf_counter() - begin)
-
-
-def _weights(decision: Decision, layer: AttentionLayer, pages: Pages, query: Tensor) -> Tensor:
-    """Pooled attention rows of the newest tokens: [R, H_kv, S] float32."""
-    policy, newest = decision.policy, query[decision.last_tokens]
-    if pages.has_plain_keys:
-        rows = _rows_in_place(decision, layer, pages, newest)
-        # A head's group is reduced already; other heads are only of interest to scope=layer.
-        return layer.pool(rows[:, :, None, None])[:, :, 0] if policy.scope_is_layer else rows
-    logits = newest_logits(newest, decision.blocks, pages, layer.scale)
-    slots = torch.arange(logits.shape[-1])
-    hidden = (slots >= decision.visible[:, None])[:, None, None]
-    weights = logits.masked_fill_(hidden, -torch.inf).softmax(dim=-1)
-    return layer.pool(weights[:, :, :, None])[:, :, 0]
-
-
-def _rows_in_place(
-    decision: Decision, layer: AttentionLayer, pages: Pages, query: Tensor
-) -> Tensor:
-    """Attention rows of queries [R, H, D], reduced to KV heads, from keys as they lie.
-
-    Returns:
-        [R, H_kv, S] float32.
-    """
-    policy, kv_heads = decision.policy, pages.runs.shape[1]
-    rows = torch.empty(len(query), kv_heads, decision.blocks.shape[1] * pages.block_size)
-    attention_rows.pooled_rows(
-        pages.memory,
-        pages.key_runs,
-        decision.blocks,
-        decision.visible,
-        (query * layer.scale).unflatten(1, (kv_heads, -1)),
-        rows,
-        POOLS["mean" if policy.scope_is_layer else policy.group_reduction],
-    )
-    return rows
-
-
-def newest_logits(
-    query: Tensor, blocks: Tensor, pages: Pages, scale: float, aside: Tensor | None = None
-) -> Tensor:
-    """Logits of one query per row over whole blocks.
-
-    Args:
-        query: [R, H, D].
-        blocks: [R, n].
-        pages: The layer's pages.
-        scale: Factor on query-key products.
-        aside: [R, H_kv, n', D, P] in the cache's dtype, receives the keys of the first blocks.
-
-    Returns:
-        [R, H_kv, G, n P] float32.
-    """
-    q = (query.float() * scale).unflatten(1, (pages.runs.shape[1], -1))[:, :, None]
-    parts: list[Tensor] = []
-    for row, keys in enumerate(pages.keys_by_row(blocks)):
-        parts.append(q[row] @ keys.float())  # [H_kv, n, G, P]
-        if aside is not None:
-            aside[row] = keys[:, : aside.shape[2]]
-    return torch.stack(parts).transpose(2, 3).flatten(3)
-
-
-def _fold_in_place(decision: Decision, pages: Pages, weights: Tensor) -> None:
-    """Fold the newest tokens' rows into the statistic where it lies."""
-    attention_rows.fold_rows(
-        pages.memory.numpy(),
-        pages.statistic_runs,
-        decision.written.numpy(),
-        decision.visible.numpy(),
-        weights.contiguous().numpy(),
-        decision.fading.numpy(),
-        decision.gain.numpy(),
-    )
 
 
 def _moves(
@@ -192,14 +131,14 @@ def _victims(
         eviction: The rows.
         layer: The attention layer under their policy.
         pages: The layer's pages.
-        weights: [R, H_kv, S] of all rows of the decision, if the policy needs any.
+        weights: [R, H_kv, 1, S] of all rows of the decision, if the policy needs any.
     """
     policy, blocks, capacity = layer.eviction, eviction.blocks, eviction.capacity
     assert policy is not None, "decisions are made by policies that evict"
     positions = rows_of(pages.positions, blocks, capacity).long()
     accumulated = None
     if weights is not None:
-        weights = weights[eviction.index, :, :capacity]
+        weights = weights[eviction.index, :, 0, :capacity]
         accumulated = _folded(eviction, layer, pages, weights) if layer.accumulates else None
     view = layer.view(
         positions=positions,
@@ -239,7 +178,10 @@ def walk(
         batch: The whole batch; the output is written at the rows' tokens.
         memory: Where their memory lies; None if they have none.
     """
-    spent = layer.stopwatch.seconds
+    spent, blocks = layer.stopwatch.seconds, part.token_blocks
+    if layer.accumulates:
+        written = without_prompts(part.rows, blocks, pages.block_size)
+        catch_up(part.rows, blocks, written, layer, pages)
     slots = _load(part, pages, memory)
     attended = extend(
         layer,
@@ -352,9 +294,3 @@ def log_sum_exp(
         hidden = torch.ones(part.shape[2], last, dtype=torch.bool).triu(last - part.shape[2] + 1)
         parts.append(logits.masked_fill_(hidden, -torch.inf).logsumexp(dim=-1))  # [H_kv, G, q]
     return torch.cat(parts, dim=2).permute(2, 0, 1).flatten(1)
-
-
-def post_time(rows: list[Row], seconds: float) -> None:
-    """Share the time of a policy's work evenly among its rows."""
-    for row in rows:
-        row.account.policy_seconds += seconds / len(rows)

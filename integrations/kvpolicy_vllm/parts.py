@@ -15,6 +15,9 @@ from kvpolicy_vllm.allotment import Allotment
 from kvpolicy_vllm.pages import Moves
 from kvpolicy_vllm.rows import Row
 
+NULL_BLOCK = 0
+"""vLLM's placeholder block: rows of warm-up begin with it, and nobody reads it."""
+
 MAX_READ = 1 << 14
 """Slots of rows whose keys and values are copied together, to be read."""
 
@@ -95,8 +98,8 @@ class Eviction:
 
 
 @dataclass(frozen=True)
-class Decision:
-    """Rows of one policy, attended in place, that observe or evict in this forward.
+class Observation:
+    """Rows of one policy, attended in place, whose newest token's attention counts.
 
     Attributes:
         policy: Their policy.
@@ -104,7 +107,6 @@ class Decision:
         last_tokens: [R] index of each row's newest token in the batch.
         blocks: [R, n] blocks that hold visible slots.
         visible: [R] slots that the newest token attends to.
-        totals: [R] tokens seen.
         written: Like `blocks`, but for those that hold nothing but a prompt that is kept: they
             may be shared, and the null block stands for them.
     """
@@ -114,33 +116,7 @@ class Decision:
     last_tokens: Tensor
     blocks: Tensor
     visible: Tensor
-    totals: Tensor
     written: Tensor
-
-    @cached_property
-    def evictions(self) -> list[Eviction]:
-        """The rows that evict now, no more at once than may have their keys or values copied."""
-        groups: dict[tuple[int, int], list[int]] = {}
-        for index, row in enumerate(self.rows):
-            if row.is_due:
-                groups.setdefault((row.visible, row.surplus), []).append(index)
-        reads = {"keys", "values"} & set(self.policy.needs)
-        parts: list[Eviction] = []
-        for (visible, _), members in groups.items():
-            step = max(1, MAX_READ // visible) if reads else len(members)
-            chunks = (members[first : first + step] for first in range(0, len(members), step))
-            parts += [self._eviction(chunk) for chunk in chunks]
-        return parts
-
-    def _eviction(self, members: list[int]) -> Eviction:
-        index = torch.tensor(members)
-        return Eviction(
-            rows=[self.rows[each] for each in members],
-            index=index,
-            blocks=self.blocks[index],
-            visible=self.visible[index],
-            totals=self.totals[index],
-        )
 
     @cached_property
     def fading(self) -> Tensor:
@@ -156,6 +132,42 @@ class Decision:
         """Factor on each newest token's weights before they are added; [R] float32."""
         is_relative = self.policy.accumulation.relative
         return self.visible.float() if is_relative else torch.ones(len(self.rows))
+
+    @cached_property
+    def terms(self) -> list[tuple[int, float, float]]:
+        """What each row's newest token sees, its fading and its gain."""
+        columns = self.visible.tolist(), self.fading.tolist(), self.gain.tolist()
+        return list(zip(*columns, strict=True))
+
+
+@dataclass(frozen=True)
+class Decision(Observation):
+    """Such rows that evict now, whether their newest token's attention counts or not."""
+
+    @cached_property
+    def evictions(self) -> list[Eviction]:
+        """The rows, no more at once than may have their keys or values copied."""
+        groups: dict[tuple[int, int], list[int]] = {}
+        for index, row in enumerate(self.rows):
+            groups.setdefault((row.visible, row.surplus), []).append(index)
+        reads = {"keys", "values"} & set(self.policy.needs)
+        parts: list[Eviction] = []
+        for (visible, _), members in groups.items():
+            step = max(1, MAX_READ // visible) if reads else len(members)
+            chunks = (members[first : first + step] for first in range(0, len(members), step))
+            parts += [self._eviction(chunk) for chunk in chunks]
+        return parts
+
+    def _eviction(self, members: list[int]) -> Eviction:
+        index = torch.tensor(members)
+        rows = [self.rows[each] for each in members]
+        return Eviction(
+            rows=rows,
+            index=index,
+            blocks=self.blocks[index],
+            visible=self.visible[index],
+            totals=torch.tensor([row.total for row in rows]),
+        )
 
 
 @dataclass(frozen=True)
@@ -201,3 +213,15 @@ class Walk:
     def token_blocks(self) -> Tensor:
         """Those with cells of the cache, memory slots among them: no blocks of numbers."""
         return self.blocks[:, self.rows[0].allotment.state_blocks :]
+
+
+Part = Decision | Observation | Recollection | Walk
+"""Rows of one policy that is asked about them."""
+
+
+def without_prompts(rows: list[Row], blocks: Tensor, block_size: int) -> Tensor:
+    """Blocks [R, n] with the null block for those that only hold a prompt that is kept."""
+    shared = torch.tensor([row.allotment.kept // block_size for row in rows])
+    if not bool(shared.any()):
+        return blocks
+    return blocks.where(torch.arange(blocks.shape[1]) >= shared[:, None], NULL_BLOCK)

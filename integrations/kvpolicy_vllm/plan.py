@@ -13,7 +13,7 @@ Axes: R rows, n blocks per row, T tokens of the batch.
 """
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,16 +25,19 @@ from kvpolicy_vllm.allotment import Allotment
 from kvpolicy_vllm.pages import fresh_state
 from kvpolicy_vllm.parts import (
     MAX_READ,
+    NULL_BLOCK,
     Decision,
     InPlace,
+    Observation,
+    Part,
     Placement,
     Recollection,
     Walk,
+    without_prompts,
 )
 from kvpolicy_vllm.rows import Row
 
-NULL_BLOCK = 0
-"""vLLM's placeholder block: rows of warm-up begin with it, and nobody reads it."""
+_Kind = TypeVar("_Kind", bound=Observation)
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,8 @@ class Plan:
         entered: [X] blocks that rows use for the first time.
         placement: Tokens of rows whose slots stay as they are.
         in_place: Those of them that vLLM's kernel attends.
-        decisions: Rows attended in place that observe or evict.
+        decisions: Rows attended in place that evict.
+        observations: Rows attended in place that observe, and evict nothing.
         recollections: Rows that read a memory.
         walks: All other rows.
     """
@@ -56,13 +60,14 @@ class Plan:
     placement: Placement | None
     in_place: InPlace | None
     decisions: list[Decision]
+    observations: list[Observation]
     recollections: list[Recollection]
     walks: list[Walk]
 
     @property
-    def parts(self) -> list[Decision | Recollection | Walk]:
+    def parts(self) -> list[Part]:
         """What asks policies: rows of one policy each."""
-        return [*self.decisions, *self.recollections, *self.walks]
+        return [*self.decisions, *self.observations, *self.recollections, *self.walks]
 
 
 def make_plan(rows: list[Row], block_table: Tensor, block_size: int, num_tokens: int) -> Plan:
@@ -88,6 +93,7 @@ def make_plan(rows: list[Row], block_table: Tensor, block_size: int, num_tokens:
         placement=_placement(staying, new, block_table, block_size) if staying else None,
         in_place=_in_place(attending, attended, block_table) if attending else None,
         decisions=_decisions(attending, block_table, block_size),
+        observations=_observations(attending, block_table, block_size),
         recollections=_recollections(staying, block_table, block_size),
         walks=_walks(walking, block_table, block_size),
     )
@@ -189,35 +195,40 @@ def _shifted(table: Tensor, count: Tensor) -> Tensor:
 
 
 def _decisions(rows: list[Row], block_table: Tensor, block_size: int) -> list[Decision]:
-    """Group rows by policy where something is observed or evicted."""
+    """Group rows by policy where something is evicted."""
+    due = [row for row in rows if row.is_due]
+    return _by_policy(Decision, due, block_table, block_size)
+
+
+def _observations(rows: list[Row], block_table: Tensor, block_size: int) -> list[Observation]:
+    """Group rows by policy where something is observed and nothing evicted."""
+    observing = [row for row in rows if row.observes and not row.is_due]
+    return _by_policy(Observation, observing, block_table, block_size)
+
+
+def _by_policy(
+    kind: type[_Kind], rows: list[Row], block_table: Tensor, block_size: int
+) -> list[_Kind]:
+    """Parts of a kind, one for each policy that evicts; rows inside a kept prompt have none."""
     groups: dict[EvictionPolicy, list[Row]] = {}
     for row in rows:
         policy = row.policy
-        if isinstance(policy, EvictionPolicy) and not row.is_kept and (row.observes or row.is_due):
+        if isinstance(policy, EvictionPolicy) and not row.is_kept:
             groups.setdefault(policy, []).append(row)
-    decisions: list[Decision] = []
+    parts: list[_Kind] = []
     for policy, members in groups.items():
         blocks = _own_blocks(members, block_table, block_size)
-        decisions.append(
-            Decision(
+        parts.append(
+            kind(
                 policy=policy,
                 rows=members,
                 last_tokens=torch.tensor([row.last_token for row in members]),
                 blocks=blocks,
                 visible=torch.tensor([row.visible for row in members]),
-                totals=torch.tensor([row.total for row in members]),
-                written=_without_prompts(members, blocks, block_size),
+                written=without_prompts(members, blocks, block_size),
             )
         )
-    return decisions
-
-
-def _without_prompts(rows: list[Row], blocks: Tensor, block_size: int) -> Tensor:
-    """Blocks [R, n] with the null block for those that only hold a prompt that is kept."""
-    shared = torch.tensor([row.allotment.kept // block_size for row in rows])
-    if not bool(shared.any()):
-        return blocks
-    return blocks.where(torch.arange(blocks.shape[1]) >= shared[:, None], NULL_BLOCK)
+    return parts
 
 
 def _recollections(rows: list[Row], block_table: Tensor, block_size: int) -> list[Recollection]:

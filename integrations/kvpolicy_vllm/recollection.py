@@ -12,10 +12,12 @@ from torch import Tensor
 from kvpolicy.attention import AttentionLayer
 from kvpolicy.memory.linear import LinearMemory, recall
 from kvpolicy.policies.infini import Infini
-from kvpolicy_vllm.execution import LayerBatch, newest_logits, post_time
+from kvpolicy_vllm.execution import LayerBatch
 from kvpolicy_vllm.memory import PagedMemory
+from kvpolicy_vllm.observation import logits_of
 from kvpolicy_vllm.pages import Pages, put_rows, rows_of
 from kvpolicy_vllm.parts import Recollection
+from kvpolicy_vllm.rows import post_time
 
 
 def recollect(part: Recollection, memory: PagedMemory, batch: LayerBatch) -> None:
@@ -37,10 +39,10 @@ def recollect(part: Recollection, memory: PagedMemory, batch: LayerBatch) -> Non
 def _attend_jointly(part: Recollection, memory: PagedMemory, batch: LayerBatch) -> None:
     """Attend to memory slots and tokens in one softmax, and observe it."""
     layer, pages, cells = memory.layer, memory.pages, part.allotment.cells
-    query = batch.query[part.tokens]
+    query = batch.query[part.tokens][:, None]
     keys = _room_for_slots(part, pages)
-    logits = newest_logits(query, part.blocks, pages, layer.scale, aside=keys.transpose(2, 3))
-    logits = logits[..., cells:]  # [R, H_kv, G, S]
+    logits = logits_of(query, part.blocks, pages, layer.scale, aside=keys.transpose(2, 3))
+    logits = logits[..., cells:]  # [R, H_kv, G, 1, S]
     values = pages.read_values(part.blocks, reuse=True)
     slots = memory.slots(part.blocks, keys.flatten(3).transpose(-1, -2), values)
     values = values[:, :, cells:]
@@ -49,8 +51,8 @@ def _attend_jointly(part: Recollection, memory: PagedMemory, batch: LayerBatch) 
     values[:, :, -hidden.shape[-1] :].masked_fill_(hidden[:, None, :, None], 0)
     attended = layer.attend(
         slots,
-        query[:, :, None],
-        logits[:, :, :, None],
+        query.transpose(1, 2),
+        logits,
         values,
         positions=part.seen[:, None, None],
         evicted=part.allotment.law.evicted(part.seen)[:, None, None],
@@ -95,13 +97,13 @@ def _mix_in(part: Recollection, memory: PagedMemory, batch: LayerBatch) -> None:
 def _log_sum_exp(part: Recollection, memory: PagedMemory, query: Tensor) -> Tensor:
     """Log-sum-exp of each row's logits over its tokens, [R, H_kv, G, 1]."""
     blocks = part.blocks[:, part.allotment.state_blocks :]
-    logits = newest_logits(query, blocks, memory.pages, memory.layer.scale)
+    logits = logits_of(query[:, None], blocks, memory.pages, memory.layer.scale)
     _hide(logits, part.visible)
-    return logits.logsumexp(dim=-1, keepdim=True)
+    return logits.logsumexp(dim=-1)
 
 
 def _hide(logits: Tensor, visible: Tensor) -> Tensor:
-    """Set logits [R, H_kv, G, S] of slots that are not visible to -inf, in place.
+    """Set logits [R, H_kv, G, 1, S] of slots that are not visible to -inf, in place.
 
     Returns:
         [R, S'] bool, which of the last S' slots these are; all slots before them are visible.
@@ -109,5 +111,5 @@ def _hide(logits: Tensor, visible: Tensor) -> Tensor:
     num_slots = logits.shape[-1]
     first = min(int(visible.min()), num_slots - 1)
     hidden = torch.arange(first, num_slots) >= visible[:, None]
-    logits[..., first:].masked_fill_(hidden[:, None, None], -torch.inf)
+    logits[..., first:].masked_fill_(hidden[:, None, None, None], -torch.inf)
     return hidden

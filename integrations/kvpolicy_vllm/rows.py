@@ -127,3 +127,9 @@ class Row:
     def has_slot_memory(self) -> bool:
         """Whether memory slots are attended in one softmax with its tokens."""
         return self.allotment.cells > 0
+
+
+def post_time(rows: list[Row], seconds: float) -> None:
+    """Share the time of a policy's work evenly among its rows."""
+    for row in rows:
+        row.account.policy_seconds += seconds / len(rows)
