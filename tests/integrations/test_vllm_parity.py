@@ -27,6 +27,7 @@ SPECS = (
     "h2o:budget=48",
     "h2o:budget=40,interval=1,scope=layer,sinks=2",
     "h2o:budget=48,group_pool=max,score=mean,recent=8",
+    "h2o:budget=24,interval=40,decay=0.9",
     "tova:budget=48",
     "tova:budget=40,interval=5,scope=head,recent=1",
     "random:budget=48,seed=3",
