@@ -84,7 +84,8 @@ def known(tmp_path_factory) -> Iterator[None]:
 @pytest.fixture(scope="module", params=SPREAD)
 def engine(request, path, known) -> Iterator[LLM]:
     """An engine whose requests bring their policies."""
-    with spread_engine(request.param, path, SERVER, **CHUNKED) as llm:
+    settings = CHUNKED | {"allow": [*CHUNKED["allow"], FaultyRank.name]}
+    with spread_engine(request.param, path, SERVER, **settings) as llm:
         yield llm
 
 
