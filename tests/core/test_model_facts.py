@@ -43,7 +43,7 @@ def sizes(config: dict[str, Any]) -> tuple[int, int, int, int]:
 def test_bundled_model_is_read() -> None:
     """Proves the reader on the file that transformers wrote for the bundled model."""
     facts = read_model_facts(kvpolicy.bundled_model())
-    assert (facts.num_layers, facts.num_query_heads, facts.num_kv_heads) == (4, 4, 2)
+    assert (facts.num_layers, facts.num_query_heads, facts.num_kv_heads) == (6, 4, 2)
     assert (facts.head_dim, facts.positions, facts.dtype) == (64, 131072, "bfloat16")
     assert facts.model_type == "llama"
     assert facts.notes == ()
