@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/policies: what one head of the bundled model sees under a policy.
+"""Draws the pictures of docs/explanation: what one head of the bundled model sees under a policy.
 
     .venv/bin/python docs/figures/draw.py
 
@@ -30,7 +30,7 @@ from kvpolicy.trace import Trace
 from kvpolicy_hf.checkpoint import load_checkpoint
 from kvpolicy_sim import capture
 
-TOKENS, LAYER, KV_HEAD = 320, 1, 1
+TOKENS, LAYER, KV_HEAD = 320, 5, 1
 PROMPT = 224
 FIRST = 200
 """Where in the held-out text the passage begins, in tokens."""
