@@ -8,7 +8,8 @@ of a replay this prints Spearman's rank correlation with the divergence of predi
 full cache's: over all policies and budgets, and over the policies of one budget, the mean of
 budgets; then the same without policies that have a memory, whose part a replay's figures of mass
 leave out. Budgets alone put most of the first in order; only the second says whether a replay
-ranks policies. It also draws the points into calibration.svg.
+ranks policies. Intervals are 95 % of a bootstrap over windows. It also draws the points into
+calibration.svg.
 
 Replays leave out steps at which a budget has evicted nothing yet; there nothing diverges either,
 so divergences are shared among the same number of steps.
@@ -23,12 +24,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvpolicy import CachePolicy, bundled_model, parse
+from kvpolicy import CachePolicy, bundled_model
 from kvpolicy.bundled import heldout_text
 from kvpolicy.cli.arguments import with_baselines, with_budgets
 from kvpolicy.evaluation.cells import CellFile, Cells
 from kvpolicy.evaluation.plot import Axes, Point, Series, draw
-from kvpolicy.evaluation.result import Evaluation, budget_of, series_of
+from kvpolicy.evaluation.result import budget_of, series_of
 from kvpolicy.evaluation.run import evaluate
 from kvpolicy.evaluation.sample import Sample
 from kvpolicy.evaluation.source import Source
@@ -61,7 +62,11 @@ LOSSES: dict[str, Callable[[dict[str, Any]], float]] = {
 }
 """Figures of a replay, the higher the worse."""
 
-Losses = Mapping[CachePolicy, Mapping[str, float]]
+Figure = Mapping[CachePolicy, np.ndarray]
+"""One figure of every policy in every window, [windows]; the higher the worse."""
+
+RESAMPLES = 500
+"""Draws of windows that an interval rests on."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -83,22 +88,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         }
         cells = CellFile(given.resume, settings)
     runs = evaluate(host, {given.context: samples}, policies, cells)
-    found = Evaluation(Perplexity(), {given.context: samples}, runs)
-    divergence = {
-        run.policy: found.kl(run) * (given.context - 1) / (given.context - 1 - budget)
+    diverged = {
+        run.policy: np.array([sum(m.kl) for m in run.measured]) / (given.context - 1 - budget)
         for run in runs
         if (budget := budget_of(run.policy))
     }
-    losses = replayed(checkpoint.model, samples, [*divergence])
-    print(f"{len(samples)} windows of {given.context} tokens, {len(divergence)} points\n")
-    evicting = {p: kl for p, kl in divergence.items() if not has_memory(p)}
+    lost = replayed(checkpoint.model, samples, [*diverged])
+    print(f"{len(samples)} windows of {given.context} tokens, {len(diverged)} points\n")
+    evicting = {policy: kl for policy, kl in diverged.items() if not has_memory(policy)}
     print("| a replay's figure | all | of one budget | evicting only | of one budget |")
     print("|---|---|---|---|---|")
-    without = correlations(evicting, losses)
-    for name, pair in correlations(divergence, losses).items():
-        print(f"| {name} | " + " | ".join(f"{x:.2f}" for x in (*pair, *without[name])) + " |")
+    for name, figure in lost.items():
+        cells = [*shown(diverged, figure), *shown(evicting, figure)]
+        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
     picture = Path(given.out) / "calibration.svg"
-    picture.write_text(drawn(divergence, losses, "output error"), encoding="utf-8")
+    picture.write_text(drawn(diverged, lost, "output error"), encoding="utf-8")
     print(f"\nwrote {picture.name}")
 
 
@@ -118,45 +122,66 @@ def has_memory(policy: CachePolicy) -> bool:
     return isinstance(policy, MemoryPolicy) and policy.has_memory
 
 
-def replayed(model: Any, samples: Sequence[Sample], policies: Sequence[CachePolicy]) -> Losses:
-    """Capture the windows once and replay the policies on them."""
+def replayed(
+    model: Any, samples: Sequence[Sample], policies: Sequence[CachePolicy]
+) -> dict[str, Figure]:
+    """Capture the windows once and replay the policies on each of them: figures by name."""
     with TemporaryDirectory() as scratch:
         path = Path(scratch) / "windows.kvtrace"
         capture(model, [torch.tensor(sample.tokens) for sample in samples], path).close()
-        results = replay(path, policies).as_dict()["results"]
+        windows = [
+            replay(path, policies, sequences=[window]).as_dict()["results"]
+            for window in range(len(samples))
+        ]
     return {
-        parse(result["policy"]): {name: loss(result) for name, loss in LOSSES.items()}
-        for result in results
+        name: {
+            policy: np.array([loss(results[index]) for results in windows])
+            for index, policy in enumerate(policies)
+        }
+        for name, loss in LOSSES.items()
     }
 
 
-def correlations(
-    divergence: Mapping[CachePolicy, float], losses: Losses
-) -> dict[str, tuple[float, float]]:
-    """Rank correlation of each figure with the divergence: of all points, and within budgets."""
+def shown(divergence: Figure, figure: Figure) -> list[str]:
+    """Both correlations of a figure with the divergence, with intervals over drawn windows."""
+    num_windows = len(next(iter(divergence.values())))
+    whole = correlations(divergence, figure, np.full(num_windows, 1 / num_windows))
+    draws = np.random.default_rng(0).multinomial(
+        num_windows, np.full(num_windows, 1 / num_windows), size=RESAMPLES
+    )
+    drawn_again = [correlations(divergence, figure, draw / num_windows) for draw in draws]
+    low, high = np.percentile(drawn_again, [2.5, 97.5], axis=0)
+    return [f"{x:.2f} ({a:.2f} .. {b:.2f})" for x, a, b in zip(whole, low, high, strict=True)]
+
+
+def correlations(divergence: Figure, figure: Figure, shares: np.ndarray) -> tuple[float, float]:
+    """Rank correlation of a figure with the divergence: of all points, and within budgets.
+
+    Args:
+        divergence: From the full cache's predictions, of the policies to be ranked.
+        figure: What a replay says of them, and of others.
+        shares: [windows] what each window counts.
+    """
     groups: dict[int | None, list[CachePolicy]] = {}
     for policy in divergence:
         groups.setdefault(budget_of(policy), []).append(policy)
 
-    def correlation(name: str, policies: Sequence[CachePolicy]) -> float:
+    def correlation(policies: Sequence[CachePolicy]) -> float:
         return rank_correlation(
-            [losses[policy][name] for policy in policies], [divergence[p] for p in policies]
+            [float(figure[policy] @ shares) for policy in policies],
+            [float(divergence[policy] @ shares) for policy in policies],
         )
 
-    return {
-        name: (
-            correlation(name, [*divergence]),
-            float(np.mean([correlation(name, group) for group in groups.values()])),
-        )
-        for name in LOSSES
-    }
+    within = [correlation(policies) for policies in groups.values()]
+    return correlation([*divergence]), float(np.mean(within))
 
 
-def drawn(divergence: Mapping[CachePolicy, float], losses: Losses, name: str) -> str:
+def drawn(divergence: Figure, lost: Mapping[str, Figure], name: str) -> str:
     """One line per series of policies, from budget to budget."""
     series: dict[str, list[Point]] = {}
-    for policy, value in divergence.items():
-        series.setdefault(series_of(policy), []).append(Point(losses[policy][name], value))
+    for policy, kl in divergence.items():
+        point = Point(float(lost[name][policy].mean()), float(kl.mean()))
+        series.setdefault(series_of(policy), []).append(point)
     axes = Axes(
         title="What a replay foretells",
         x=f"replay: {name}",

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import ModuleType
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
 from kvpolicy import parse
@@ -25,17 +26,26 @@ def test_budgets_are_told_apart_from_policies(script):
     """A figure that follows budgets only correlates over all points, not within a budget."""
     specs = [f"{name}:budget={budget}" for budget in (8, 16) for name in ("window", "h2o", "tova")]
     policies = [parse(spec) for spec in specs]
-    divergence = dict(zip(policies, [0.6, 0.5, 0.4, 0.3, 0.2, 0.1], strict=True))
-    by_budget = dict(zip(policies, [4, 5, 6, 1, 2, 3], strict=True))
-    losses = {
-        policy: dict.fromkeys(script.LOSSES, 0.0)
-        | {"lost mass": by_budget[policy], "output error": divergence[policy] ** 2}
-        for policy in policies
-    }
-    found = script.correlations(divergence, losses)
+
+    def figure(*values: float) -> dict:
+        return {p: np.array([x, 3 * x]) for p, x in zip(policies, values, strict=True)}
+
+    divergence, shares = figure(0.6, 0.5, 0.4, 0.3, 0.2, 0.1), np.array([0.5, 0.5])
     # Ranks 6..1 beside 4, 5, 6, 1, 2, 3: squared differences 4, 0, 4, 4, 0, 4 of 6 points.
-    assert found["lost mass"] == pytest.approx((1 - 6 * 16 / (6 * 35), -1.0))
-    assert found["output error"] == pytest.approx((1.0, 1.0))
+    by_budget = script.correlations(divergence, figure(4, 5, 6, 1, 2, 3), shares)
+    assert by_budget == pytest.approx((1 - 6 * 16 / (6 * 35), -1.0))
+    by_policy = script.correlations(divergence, figure(36, 25, 16, 9, 4, 1), shares)
+    assert by_policy == pytest.approx((1.0, 1.0))
+
+
+def test_an_interval_spans_what_windows_disagree_about(script):
+    """Where one window ranks policies and another reverses them, everything is possible."""
+    policies = [parse(f"{name}:budget=8") for name in ("window", "h2o", "tova")]
+    divergence = {p: np.array([x, x]) for p, x in zip(policies, (3.0, 2.0, 1.0), strict=True)}
+    agreed = {p: kl**2 for p, kl in divergence.items()}
+    disputed = {p: kl * np.array([2, -1]) for p, kl in divergence.items()}
+    assert script.shown(divergence, agreed) == ["1.00 (1.00 .. 1.00)"] * 2
+    assert script.shown(divergence, disputed) == ["1.00 (-1.00 .. 1.00)"] * 2
 
 
 def test_the_script_measures_what_it_draws(script, tmp_path, monkeypatch, capsys):
