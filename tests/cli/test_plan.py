@@ -82,8 +82,8 @@ def test_figures_are_those_of_the_demo(capsys: pytest.CaptureFixture[str]) -> No
     full, *others = result["results"]
     longest_request, served = full["contexts"]
     assert longest_request["blocks"] == 27
-    assert size(longest_request["bytes"]) == "3.4 MiB"
-    assert result["pool_blocks"] / served["blocks"] == pytest.approx(1.97, abs=0.005)
+    assert size(longest_request["bytes"]) == "5.1 MiB"
+    assert result["pool_blocks"] / served["blocks"] == pytest.approx(1.31, abs=0.005)
     assert [entry["policy"] for entry in others] == [
         "sinks:budget=96",
         "window:budget=96",
@@ -91,11 +91,11 @@ def test_figures_are_those_of_the_demo(capsys: pytest.CaptureFixture[str]) -> No
     ]
     for entry in others:
         assert entry["blocks_per_request"] == 4
-        assert size(entry["bytes_per_request"]) == "520.0 KiB"
-        assert [at["requests"] for at in entry["contexts"]] == [504, 504]
+        assert size(entry["bytes_per_request"]) == "780.0 KiB"
+        assert [at["requests"] for at in entry["contexts"]] == [336, 336]
         assert entry["contexts"][1]["ratio_to_full"] == 256
     stock = result["stock"]
-    assert stock["pool_blocks"] / stock["contexts"][1]["blocks"] == 2.0
+    assert stock["pool_blocks"] / stock["contexts"][1]["blocks"] == pytest.approx(1.33, abs=0.005)
 
 
 def test_dense_bytes_are_those_of_a_ledger(capsys: pytest.CaptureFixture[str]) -> None:
