@@ -117,5 +117,7 @@ def _cells(search: Search) -> Iterator[str]:
     yield search.policy or "stock vLLM"
     yield str(search.ledgers[0]["slots_held"]) if search.ledgers else ""
     for answer, is_found in zip(search.answers, search.found, strict=True):
-        yield f"[green]{answer}[/]" if is_found else f"[bright_black]{answer}[/]"
+        # Nothing but spaces is an answer too, and an empty cell would look like none.
+        shown = answer or "(blank)"
+        yield f"[green]{shown}[/]" if is_found else f"[bright_black]{shown}[/]"
     yield f"{sum(search.found)} of {len(search.found)}"

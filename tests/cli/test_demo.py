@@ -10,7 +10,9 @@ from kvpolicy import Ledger
 from kvpolicy.bundled import heldout_text
 from kvpolicy.cli import main
 from kvpolicy.cli.demo import NEW_TOKENS, PROMPT_TOKENS, differences, make_passages
+from kvpolicy.cli.demo_passkey import Search, show
 from kvpolicy.cli.highlight import Passage, highlight, kept_shares
+from kvpolicy.cli.output import Output
 from kvpolicy_hf.greedy import GreedyRun
 from kvpolicy_vllm.trial import Generation, Speed
 
@@ -98,6 +100,15 @@ def test_prompts_have_their_lengths_and_spell_their_text() -> None:
         assert prompt.tokens[:1] == checkpoint.start
         assert checkpoint.decode(prompt.tokens) == prompt.text
         assert prompt.spans[-1][1] == len(prompt.text)
+
+
+def test_answers_of_nothing_but_spaces_are_shown_as_blank(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """An answer without a visible character is told from a cell without an answer."""
+    show(Output(), [Search(None, ["123", "456"], ["123", ""], [])])
+    row = capsys.readouterr().out.splitlines()[-1]
+    assert row.split() == ["stock", "vLLM", "123", "(blank)", "1", "of", "2"]
 
 
 @pytest.mark.parametrize("arguments", [["--budget", "2"], ["--rounds", "0"], ["--json"]])
