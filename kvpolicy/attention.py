@@ -47,7 +47,7 @@ class AttentionLayer:
     """One attention layer under a policy: everything that stays the same over a request.
 
     Attributes:
-        policy: What is kept.
+        policy: What is kept in this layer.
         index: The layer's index in the model.
         scale: Factor on query-key products, usually 1 / sqrt(D).
         rotary: The model's RoPE; needed by ``rope=reindex`` and by memories.
@@ -65,6 +65,10 @@ class AttentionLayer:
     ranks: Ranks = ALONE
     decoder: Decoder | None = None
     stopwatch: Stopwatch = field(default_factory=Stopwatch, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Of a policy that is composed of others, take the one that rules this layer."""
+        object.__setattr__(self, "policy", self.policy.of_layer(self.index))
 
     @cached_property
     def occupancy(self) -> Occupancy:

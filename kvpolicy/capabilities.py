@@ -1,6 +1,7 @@
 """Which policies each host runs, stated without importing any host."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import get_args
 
 from kvpolicy.policy import NEEDS, CachePolicy, EvictionPolicy, parameters
@@ -13,22 +14,28 @@ class Host:
     Attributes:
         needs: What it shows to policies.
         refuses: Spec values that it does not implement.
+        only: What it asks of some policies, by their names.
     """
 
     needs: tuple[str, ...]
     refuses: tuple[tuple[str, str], ...]
+    only: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 HOSTS = {
     "transformers": Host(needs=NEEDS, refuses=()),
-    "vllm": Host(needs=NEEDS, refuses=(("level", "model"),)),
+    "vllm": Host(
+        needs=NEEDS,
+        refuses=(("level", "model"),),
+        only={"mix": "parts with equal budgets and intervals, without memories"},
+    ),
     "simulator": Host(needs=NEEDS, refuses=()),
 }
 """Tests hold this table to what the hosts themselves accept and refuse."""
 
 
 def capability(cls: type[CachePolicy], host: str) -> str:
-    """Whether a host runs a policy: ``yes``, ``yes, not KEY=VALUE`` or ``no: REASON``."""
+    """Whether a host runs a policy: ``yes``, ``yes, not ...``, ``yes, only ...``, ``no: ...``."""
     unknown = sorted(set(cls.needs) - set(HOSTS[host].needs))
     if unknown:
         return f"no: it needs {', '.join(unknown)}"
@@ -42,6 +49,8 @@ def capability(cls: type[CachePolicy], host: str) -> str:
         for key, value in HOSTS[host].refuses
         if key in table and value in get_args(table[key].kind)
     ]
+    if cls.name in HOSTS[host].only:
+        return f"yes, only {HOSTS[host].only[cls.name]}"
     return f"yes, not {', '.join(refused)}" if refused else "yes"
 
 

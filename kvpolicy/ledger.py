@@ -1,5 +1,6 @@
 """The ledger: proof, per request, that a policy ran and what it saved."""
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -15,7 +16,8 @@ class Ledger:
     """What one request cost and lost.
 
     Token counts are means over layers and KV heads (equal counts make them integers);
-    bytes cover keys, values and the per-slot policy state of all layers.
+    bytes cover keys, values and the per-slot policy state of all layers. Where layers evict at
+    different times, `evictions` are those of the one that does most often.
     """
 
     policy: str
@@ -41,10 +43,32 @@ class Ledger:
         Raises:
             LedgerError: The policy evicted too much or too little, or never ran.
         """
-        due = occupancy.evicted(self.logical_tokens)
-        if self.evicted != due:
-            raise LedgerError(
-                f"{self.policy} evicted {self.evicted} of {self.logical_tokens} tokens, "
-                f"the occupancy law demands {due}: the policy did not run as configured"
-            )
+        check_evicted(self.policy, self.logical_tokens, self.evicted, occupancy)
         return self
+
+
+def check_evicted(policy: str, tokens: int, evicted: int | float, law: Occupancy) -> None:
+    """Hold what was evicted to an occupancy law.
+
+    Args:
+        policy: Spec of the policy.
+        tokens: Tokens seen.
+        evicted: Tokens evicted.
+        law: The law, settled by the request's prompt.
+
+    Raises:
+        LedgerError: They differ.
+    """
+    due = law.evicted(tokens)
+    if evicted != due:
+        raise LedgerError(
+            f"{policy} evicted {evicted} of {tokens} tokens, the occupancy law demands {due}: "
+            "the policy did not run as configured"
+        )
+
+
+def mean(values: Iterable[int | float]) -> int | float:
+    """The mean, as an integer where it is one."""
+    found = list(values)
+    average = sum(found) / len(found)
+    return int(average) if float(average).is_integer() else average

@@ -21,7 +21,7 @@ from typing import (
 )
 
 from kvpolicy.errors import PolicyError
-from kvpolicy.occupancy import Occupancy
+from kvpolicy.occupancy import Occupancy, Prompts
 from kvpolicy.parameter import Parameter, Protection, Spans, is_moderate, typed
 from kvpolicy.spec import format_value, shown
 
@@ -131,6 +131,42 @@ class CachePolicy:
     def occupancy(self) -> Occupancy:
         """The law that says how many slots are held; the base keeps everything."""
         return Occupancy(retained=None)
+
+    @property
+    def parameter_file(self) -> str | None:
+        """The file that its parameters come from; None if it names none.
+
+        Policies that read one say so: requests to a server must not make it read files.
+        """
+        return None
+
+    @property
+    def members(self) -> "tuple[CachePolicy, ...]":
+        """The policies that rule layers: this one, unless it is composed of others."""
+        return (self,)
+
+    def of_layer(self, layer: int) -> "CachePolicy":
+        """The policy that rules a layer: this one, unless it is composed of others."""
+        del layer
+        return self
+
+    @cached_property
+    def evicts(self) -> bool:
+        """Whether any layer ever evicts."""
+        return any(member.occupancy.retained is not None for member in self.members)
+
+    @property
+    def prompts(self) -> Prompts:
+        """What layers that evict make of a prompt."""
+        for member in self.members:
+            if member.occupancy.retained is not None:
+                return member.occupancy.prompts
+        return "stream"
+
+    @property
+    def needs_prompt(self) -> bool:
+        """Whether the law of any layer asks for a prompt's length."""
+        return any(member.occupancy.needs_prompt for member in self.members)
 
     @property
     def implied(self) -> dict[str, Any]:

@@ -91,6 +91,10 @@ def check_spread(policy: CachePolicy) -> None:
     Raises:
         UnsupportedError: With what to change.
     """
+    if policy.members != (policy,):
+        for member in policy.members:
+            check_spread(member)
+        return
     if not isinstance(policy, EvictionPolicy) or not policy.scope_is_layer:
         return
     if policy.observes_every_token:

@@ -34,6 +34,7 @@ BUILT_IN = {
     "centroid": "kvpolicy.policies.centroid:Centroid",
     "infini": "kvpolicy.policies.infini:Infini",
     "fam": "kvpolicy.policies.fam:FAM",
+    "mix": "kvpolicy.policies.mix:Mix",
 }
 ENTRY_POINT_GROUP = "kvpolicy.policies"
 
@@ -66,7 +67,12 @@ def is_registered(cls: type[CachePolicy]) -> bool:
 
 def available() -> dict[str, type[CachePolicy]]:
     """All policies that have a name, sorted: built in, installed and registered ones."""
-    return {name: find(name) for name in sorted({*_known_paths(), *_registered})}
+    return {name: find(name) for name in sorted(known_names())}
+
+
+def known_names() -> set[str]:
+    """Names that specs may use, without importing any policy."""
+    return {*_known_paths(), *_registered}
 
 
 def find(name: str) -> type[CachePolicy]:
@@ -79,7 +85,7 @@ def find(name: str) -> type[CachePolicy]:
         return _registered[name]
     path = _known_paths().get(name)
     if path is None and not _is_import_path(name):
-        known = ", ".join(sorted({*_known_paths(), *_registered}))
+        known = ", ".join(sorted(known_names()))
         raise PolicyError(
             f"unknown policy {shown(name)}; known policies: {known}; "
             "or give an import path such as package.module.Class"

@@ -204,7 +204,7 @@ class Host:
         self.rows = rows
         self.notes = Notes()
         self.layer = AttentionLayer(
-            policy=spied(policy, self.notes),
+            policy=spied(policy.of_layer(case.layer), self.notes),
             index=case.layer,
             scale=HEAD_DIM**-0.5,
             rotary=Rotary.from_theta(1e4, HEAD_DIM),
@@ -319,16 +319,22 @@ def margin(made: Decision) -> float:
 
     Infinite for integer scores, which have no noise, and where nothing unprotected stays.
     """
-    if not made.scores.is_floating_point():
-        return math.inf
+    return min(margins(made))
+
+
+def margins(made: Decision) -> list[float]:
+    """The margin of every KV head; with scope=layer all have the layer's."""
     scores = made.scores[made.row].double()  # [H_kv, S]
+    if not made.scores.is_floating_point():
+        return [math.inf] * len(scores)
     if made.policy.scope_is_layer:
         scores = scores.mean(dim=0, keepdim=True).expand_as(scores)
     free = (made.view.valid & ~protected(made.policy, made.view))[made.row]
-    surplus, gaps = made.surplus, [math.inf]
+    surplus, gaps = made.surplus, list[float]()
     for head in range(len(scores)):
         ranked = scores[head][free[head]].sort().values.tolist()
-        if len(ranked) > surplus:
-            low, high = ranked[surplus - 1], ranked[surplus]
-            gaps.append((high - low) / max(abs(high), abs(low), 1e-35))
-    return min(gaps)
+        low, high = ranked[surplus - 1 : surplus + 1] if len(ranked) > surplus else (0.0, math.inf)
+        is_finite = math.isfinite(low) and math.isfinite(high)
+        apart = (high - low) / max(abs(high), abs(low), 1e-35) if is_finite else math.inf
+        gaps.append(0.0 if high == low else apart)
+    return gaps

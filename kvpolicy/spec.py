@@ -36,7 +36,7 @@ def split_spec(text: str) -> Spec:
             f"malformed policy spec: got {shown(text)}, expected name or name:key=value,key=value"
         )
     parameters: dict[str, str] = {}
-    for item in _split_top_level(rest, text) if colon else []:
+    for item in split_parts(rest, ",", text) if colon else []:
         key, equals, value = item.partition("=")
         key, value = key.strip(), value.strip()
         if not (equals and key and value):
@@ -51,15 +51,24 @@ def split_spec(text: str) -> Spec:
     return Spec(name.strip(), parameters)
 
 
-def _split_top_level(text: str, whole: str) -> list[str]:
-    """Split at the commas that stand outside parentheses."""
+def split_parts(text: str, separator: str, whole: str) -> list[str]:
+    """Split at the separators that stand outside parentheses.
+
+    Args:
+        text: What is split.
+        separator: One character.
+        whole: The spec that an error message shows.
+
+    Raises:
+        PolicyError: Parentheses do not match.
+    """
     items: list[str] = []
     depth = start = 0
     for index, character in enumerate(text):
         depth += (character == "(") - (character == ")")
         if depth < 0:
             break
-        if character == "," and depth == 0:
+        if character == separator and depth == 0:
             items.append(text[start:index])
             start = index + 1
     if depth != 0:

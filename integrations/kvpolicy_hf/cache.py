@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 
 from kvpolicy import CachePolicy, Ledger, PolicyError, UnsupportedError, parse
 from kvpolicy.attention import AttentionLayer
+from kvpolicy.ledger import check_evicted, mean
 from kvpolicy.model_facts import windows_of
 from kvpolicy.slots import Slots
 from kvpolicy_hf.attention import install, is_installed
@@ -65,7 +66,7 @@ class PolicyCache(Cache):
             num_layers=len(modules),
             limit=position_limit(model, self.policy),
             policy=str(self.policy),
-            sets_prompts_apart=self.policy.occupancy.needs_prompt,
+            sets_prompts_apart=self.policy.needs_prompt,
             has_windows=any(windows),
             prompt_tokens=prompt_tokens,
         )
@@ -112,14 +113,16 @@ class PolicyCache(Cache):
             LedgerError: The tokens evicted are not what the occupancy law demands.
         """
         self._batch.require_row(row)
-        layers = [layer.slots for layer in self._policy_layers if layer.slots is not None]
+        ruled = [layer for layer in self._policy_layers if layer.slots is not None]
+        layers = [layer.slots for layer in ruled if layer.slots is not None]
         if not layers:
             return Ledger(str(self.policy), 0, 0, 0, 0, 0, 0, 0, 0, 0.0)
         rows, tokens = len(self._batch.tokens), self._batch.tokens[row]
-        law = self.policy.occupancy.of_prompt(self._batch.prompts[row])
-        counts = [slots.evicted[row] for slots in layers]
-        # One layer that disagrees is enough to fail the check below.
-        evicted = max(counts, key=lambda n: abs(n - law.evicted(tokens)))
+        prompt = self._batch.prompts[row]
+        laws = [layer.attention.occupancy.of_prompt(prompt) for layer in ruled]
+        for slots, law in zip(layers, laws, strict=True):
+            check_evicted(str(self.policy), tokens, slots.evicted[row], law)
+        evicted = mean(slots.evicted[row] for slots in layers)
         bytes_ruled = sum(slots.num_bytes for slots in layers) // rows
         bytes_full = tokens * sum(_bytes_per_token(slots) for slots in layers)
         bytes_sliding = sum(layer.num_bytes for layer in self._sliding_layers) // rows
@@ -129,26 +132,26 @@ class PolicyCache(Cache):
             logical_tokens=tokens,
             retained=tokens - evicted,
             evicted=evicted,
-            slots_held=tokens - evicted + law.state_slots,
+            slots_held=tokens - evicted + mean(law.state_slots for law in laws),
             blocks_held=0,
             bytes_held=bytes_ruled + bytes_sliding,
             bytes_saved=bytes_full - bytes_ruled,
-            evictions=law.evictions(tokens),
+            evictions=max(law.evictions(tokens) for law in laws),
             policy_seconds=seconds / rows,
-            merged=self._merged(row, evicted),
-        ).check(law)
+            merged=self._merged(row),
+        )
 
-    def _merged(self, row: int, evicted: int) -> int | float:
+    def _merged(self, row: int) -> int | float:
         """Evicted tokens that memories stand for, mean over layers and KV heads."""
-        counts = [
-            layer.attention.memory_policy.merged(layer.slots.memory, row, evicted)
+        return mean(
+            0
+            if layer.attention.memory_policy is None or layer.slots.memory is None
+            else layer.attention.memory_policy.merged(
+                layer.slots.memory, row, layer.slots.evicted[row]
+            )
             for layer in self._policy_layers
-            if layer.attention.memory_policy is not None
-            and layer.slots is not None
-            and layer.slots.memory is not None
-        ]
-        mean = sum(counts) / max(len(counts), 1)
-        return int(mean) if float(mean).is_integer() else mean
+            if layer.slots is not None
+        )
 
     def retained_positions(self, layer: int, row: int = 0) -> Tensor:
         """Positions that a layer holds of a row, [H_kv, kept] int64, ascending.

@@ -6,8 +6,9 @@ where all their tokens are the likeliest ones, greedy generation would have writ
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -85,18 +86,22 @@ class ClosedLoop:
         """
         config, element_bytes = self.model.config, self.model.dtype.itemsize
         heads, head_dim = config.num_key_value_heads, attention_modules(self.model)[0].head_dim
-        windows = [window for window in windows_of(config) if window is not None]
+        windows = windows_of(config)
+        sliding = [window for window in windows if window is not None]
+        ruled = Counter(policy.of_layer(i) for i, window in enumerate(windows) if window is None)
         layout = Layout(
-            num_layers=config.num_hidden_layers - len(windows),
+            num_layers=ruled.total(),
             num_kv_heads=heads,
             head_dim=head_dim,
             element_bytes=element_bytes,
-            num_sliding=len(windows),
-            window=max(windows, default=1),
+            num_sliding=len(sliding),
+            window=max(sliding, default=1),
         )
-        floats = floats_beside(policy, head_dim, config.num_attention_heads // heads)
-        rows = policy.hidden_rows if isinstance(policy, MemoryPolicy) else 0
-        hidden = config.num_hidden_layers * rows * config.hidden_size * element_bytes
-        law = policy.occupancy.of_prompt(prompt)
-        slots = layout.dense_bytes(peak_slots(law, tokens), floats)
-        return hidden + slots + layout.dense_window_bytes(tokens)
+        total = layout.dense_window_bytes(tokens)
+        for member, num_layers in ruled.items():
+            floats = floats_beside(member, head_dim, config.num_attention_heads // heads)
+            slots = peak_slots(member.occupancy.of_prompt(prompt), tokens)
+            rows = member.hidden_rows if isinstance(member, MemoryPolicy) else 0
+            total += num_layers * rows * config.hidden_size * element_bytes
+            total += replace(layout, num_layers=num_layers).dense_bytes(slots, floats)
+        return total

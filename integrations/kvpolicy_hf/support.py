@@ -41,17 +41,18 @@ def require_supported(model: PreTrainedModel, policy: CachePolicy) -> None:
             f"PolicyCache needs a transformers PreTrainedModel, got {type(model).__name__}; of a "
             "wrapped model give the model inside"
         )
-    reason = (
-        _unsupported_policy(policy)
-        or _unsupported_config(model.config)
-        or _unsupported_hybrid(model.config, policy)
-        or _unsupported_rope(model.config, policy)
-        or _unsupported_modules(model)
-        or _unsupported_setup(model)
-        or _unsupported_memory(model, policy)
-    )
-    if reason:
-        raise UnsupportedError(f"{policy} on {type(model).__name__}: {reason}")
+    for member in policy.members:
+        reason = (
+            _unsupported_policy(member)
+            or _unsupported_config(model.config)
+            or _unsupported_hybrid(model.config, member)
+            or _unsupported_rope(model.config, member)
+            or _unsupported_modules(model)
+            or _unsupported_setup(model)
+            or _unsupported_memory(model, member)
+        )
+        if reason:
+            raise UnsupportedError(f"{member} on {type(model).__name__}: {reason}")
 
 
 def attention_modules(model: PreTrainedModel) -> list[Any]:
@@ -72,7 +73,7 @@ def decoders_of(
     model: PreTrainedModel, policy: CachePolicy, rotary: Rotary
 ) -> Sequence[Decoder | None]:
     """Each layer's weights for a policy whose memory needs them, otherwise None."""
-    if _needs_decoder(policy):
+    if any(map(_needs_decoder, policy.members)):
         return take_apart(model.get_decoder(), rotary)
     return [None] * model.config.num_hidden_layers
 
@@ -97,7 +98,7 @@ def require_parameters_fit(layers: Sequence[AttentionLayer], model: PreTrainedMo
 
 def position_limit(model: PreTrainedModel, policy: CachePolicy) -> int | None:
     """Most tokens a row may see; None where positions may run on or are cache ranks."""
-    if policy.rope_beyond == "allow" or _is_reindexed(policy):
+    if all(each.rope_beyond == "allow" or _is_reindexed(each) for each in policy.members):
         return None
     return model.config.max_position_embeddings
 

@@ -264,9 +264,10 @@ class RetentionImpl(CPUAttentionBackendImpl):
         layer, memory = self._layer(part.policy, index), self._memory(part.policy, index)
         match part:
             case Decision():
-                decide(part, layer, self._pages, batch.query)
+                decide(part.of_layer(index), layer, self._pages, batch.query)
             case Observation():
-                observe(part, layer, self._pages, batch.query)
+                if layer.accumulates:  # otherwise only layers under another policy do
+                    observe(part.of_layer(index), layer, self._pages, batch.query)
             case Recollection():
                 assert memory is not None, "only policies with a memory read one"
                 recollect(part, memory, batch)

@@ -51,7 +51,8 @@ class RetentionMetadataBuilder(CPUAttentionMetadataBuilder):
         self.engine.page = PageShape.of(kv_cache_spec, self.num_heads // self.num_kv_heads)
         self.engine.book.page_bytes = kv_cache_spec.page_size_bytes
         self.engine.book.full_page_bytes = kv_cache_spec.unpadded_page_size_bytes
-        if {"last_row", "accumulated"} & set(self.engine.policy.needs):
+        needs = {need for member in self.engine.policy.members for need in member.needs}
+        if {"last_row", "accumulated"} & needs:
             attention_rows.prepare()  # not while a request waits
 
     def build(  # pyright: ignore[reportIncompatibleMethodOverride]: our own metadata

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvpolicy import CachePolicy, EvictionPolicy, PolicyError, UnsupportedError, parse
 from kvpolicy.features import Refused, feature
-from kvpolicy.memory.policy import MemoryPolicy
+from kvpolicy.policies.mix import Mix
 from kvpolicy.ranks import check_spread
 from kvpolicy_vllm.admission import ALLOW_KEY, allowed_names, check_name
 from kvpolicy_vllm.allotment import memory_policy
@@ -113,6 +113,13 @@ def check_policy(policy: CachePolicy) -> None:
     Raises:
         UnsupportedError: With the setting to change.
     """
+    _ = policy.occupancy  # refuses layers that hold different numbers of slots
+    is_composed = policy.members != (policy,)
+    if is_composed and any(memory_policy(member) is not None for member in policy.members):
+        raise UnsupportedError(
+            f"{policy}: in vLLM's blocks a memory cannot be a part of a mix; use the policy with "
+            "the memory by itself, or run the mix in transformers or the simulator"
+        )
     remembering = memory_policy(policy)
     if remembering is not None and remembering.needs_decoder:
         raise UnsupportedError(
@@ -297,10 +304,16 @@ def request_policy(params: "SamplingParams", allowed: Sequence[str] | None) -> C
             f"{KEY} of a request must be a spec string with a policy's name, got {spec!r}; "
             "import paths are for the server's own policy only"
         )
+    name = spec.partition(":")[0].strip()
     if allowed is not None:
-        check_name(spec.partition(":")[0], allowed)
+        check_name(name, allowed)
+    if name == Mix.name:  # its parts could be any policies, import paths included
+        raise PolicyError(
+            f"{KEY} of a request must not be a {name}, got {spec!r}; policies by layers are for "
+            "the server's own policy only"
+        )
     policy = parse(spec)
-    path = policy.parameter_file if isinstance(policy, MemoryPolicy) else None
+    path = policy.parameter_file
     if path is not None:
         raise PolicyError(
             f"{KEY} of a request must not name a file, got {path!r}; files of parameters are for "

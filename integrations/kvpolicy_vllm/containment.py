@@ -121,7 +121,8 @@ def contain(rows: "Sequence[Row]", layer: int, run: "Callable[[Row], None]", boo
         try:
             run(row)
         except Exception as error:
-            if not isinstance(row.policy, EvictionPolicy) or fallback_of(row.policy) is row.policy:
+            policy = row.policy.of_layer(layer)
+            if not isinstance(policy, EvictionPolicy) or fallback_of(policy) is policy:
                 raise  # no policy's fault
             reason = _reason(error)
         else:
@@ -146,7 +147,8 @@ def _contain_row(
         except Exception as error:
             reason, failing = _reason(error), middle
     book.contain(row.account, Fault(row.seen + failing, layer, reason))
-    run(replace(_tokens_of(row, done, row.num_tokens), policy=fallback_of(row.policy)))
+    fallback = fallback_of(row.policy.of_layer(layer))
+    run(replace(_tokens_of(row, done, row.num_tokens), policy=fallback))
 
 
 def _tokens_of(row: "Row", first: int, last: int) -> "Row":

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from kvpolicy import CachePolicy
 from kvpolicy_vllm.containment import fallback_of
 from kvpolicy_vllm.plan import Plan
 from kvpolicy_vllm.recording import RecordedRow
@@ -32,17 +33,21 @@ class RetentionMetadata:
     schedule: Tensor | None
     planned: "Callable[[list[Row]], RetentionMetadata]"
     recorded: list[RecordedRow] = field(default_factory=list)
-    _others: "dict[frozenset[int], RetentionMetadata]" = field(default_factory=dict)
+    _others: "dict[frozenset[tuple[int, CachePolicy]], RetentionMetadata]" = field(
+        default_factory=dict
+    )
 
     def of_layer(self, layer: int) -> "RetentionMetadata":
         """The same forward in a layer, with the policies that took over there."""
-        contained = frozenset(row.index for row in self.rows if layer in row.account.faults)
-        if not contained:
+        taken_over = {
+            row.index: fallback_of(row.policy.of_layer(layer))
+            for row in self.rows
+            if layer in row.account.faults
+        }
+        if not taken_over:
             return self
-        if contained not in self._others:
-            rows = [
-                replace(row, policy=fallback_of(row.policy)) if row.index in contained else row
-                for row in self.rows
-            ]
-            self._others[contained] = self.planned(rows)
-        return self._others[contained]
+        key = frozenset(taken_over.items())
+        if key not in self._others:
+            rows = [replace(row, policy=taken_over.get(row.index, row.policy)) for row in self.rows]
+            self._others[key] = self.planned(rows)
+        return self._others[key]

@@ -3,8 +3,9 @@
 Axes: R rows, n blocks per row, T tokens of the batch.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -102,7 +103,7 @@ class Observation:
     """Rows of one policy, attended in place, whose newest token's attention counts.
 
     Attributes:
-        policy: Their policy.
+        policy: Their policy; that of a layer once `of_layer` has been asked.
         rows: The rows.
         last_tokens: [R] index of each row's newest token in the batch.
         blocks: [R, n] blocks that hold visible slots.
@@ -111,17 +112,33 @@ class Observation:
             may be shared, and the null block stands for them.
     """
 
-    policy: EvictionPolicy
+    policy: CachePolicy
     rows: list[Row]
     last_tokens: Tensor
     blocks: Tensor
     visible: Tensor
     written: Tensor
+    _of_members: dict[CachePolicy, Self] = field(init=False, default_factory=dict)
+
+    def of_layer(self, layer: int) -> Self:
+        """The same rows under the policy that rules a layer; layers of one policy share it."""
+        member = self.policy.of_layer(layer)
+        if member is self.policy:
+            return self
+        if member not in self._of_members:
+            self._of_members[member] = replace(self, policy=member)
+        return self._of_members[member]
+
+    @property
+    def eviction(self) -> EvictionPolicy:
+        """The policy of a layer."""
+        assert isinstance(self.policy, EvictionPolicy), "others decide nothing"
+        return self.policy
 
     @cached_property
     def fading(self) -> Tensor:
         """Factor on each row's statistic as it was before the newest token; [R] float32."""
-        rule = self.policy.accumulation
+        rule = self.eviction.accumulation
         if rule.window is None:
             return torch.full((len(self.rows),), rule.decay)
         ages = torch.tensor([row.law.window_age(row.total, rule.window) for row in self.rows])
@@ -130,7 +147,7 @@ class Observation:
     @cached_property
     def gain(self) -> Tensor:
         """Factor on each newest token's weights before they are added; [R] float32."""
-        is_relative = self.policy.accumulation.relative
+        is_relative = self.eviction.accumulation.relative
         return self.visible.float() if is_relative else torch.ones(len(self.rows))
 
     @cached_property

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kvpolicy import CachePolicy, EvictionPolicy
+from kvpolicy import CachePolicy
 from kvpolicy.memory.policy import MemoryPolicy
 from kvpolicy_vllm.allotment import Allotment
 from kvpolicy_vllm.pages import fresh_state
@@ -210,10 +210,10 @@ def _by_policy(
     kind: type[_Kind], rows: list[Row], block_table: Tensor, block_size: int
 ) -> list[_Kind]:
     """Parts of a kind, one for each policy that evicts; rows inside a kept prompt have none."""
-    groups: dict[EvictionPolicy, list[Row]] = {}
+    groups: dict[CachePolicy, list[Row]] = {}
     for row in rows:
         policy = row.policy
-        if isinstance(policy, EvictionPolicy) and not row.is_kept:
+        if policy.evicts and not row.is_kept:
             groups.setdefault(policy, []).append(row)
     parts: list[_Kind] = []
     for policy, members in groups.items():

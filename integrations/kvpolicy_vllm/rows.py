@@ -72,7 +72,10 @@ class Row:
     @property
     def observes(self) -> bool:
         """Whether the last token's attention counts in the statistic kept with the slots."""
-        policy = self.policy
+        return any(self._observes(member) for member in self.policy.members)
+
+    def _observes(self, policy: CachePolicy) -> bool:
+        """Whether layers under this policy keep a statistic in which the last token counts."""
         if not isinstance(policy, EvictionPolicy) or "accumulated" not in policy.needs:
             return False
         try:
@@ -91,10 +94,13 @@ class Row:
         """Whether the row's slots stay as they are, but for those of its new tokens."""
         if self.is_kept:
             return True
-        policy = self.policy
         due = self.law.next_due(self.seen) if self.num_tokens > 1 else None
         if due is not None and due < self.total:
             return False
+        return all(self._stays_under(member) for member in self.policy.members)
+
+    def _stays_under(self, policy: CachePolicy) -> bool:
+        """Whether layers under this policy look at nothing but what is known in place."""
         if not isinstance(policy, EvictionPolicy):
             return True
         if policy.observes_every_token:

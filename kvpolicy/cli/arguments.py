@@ -139,11 +139,18 @@ def with_baselines(specs: Sequence[str]) -> list[CachePolicy]:
     """
     asked = [parse(spec) for spec in specs]
     sinks = [
-        parse(f"sinks:budget={policy.budget}{_PROMPTS[policy.occupancy.prompts]}")
+        parse(f"sinks:budget={budget}{_PROMPTS[policy.prompts]}")
         for policy in asked
-        if isinstance(policy, EvictionPolicy) and policy.budget > 4
+        if (budget := _budget_of(policy)) > 4
     ]
     return list(dict.fromkeys([parse("full"), *sinks, *asked]))
+
+
+def _budget_of(policy: CachePolicy) -> int:
+    """The policy's budget, or the largest of its parts; 0 if it has none."""
+    own = getattr(policy, "budget", None)
+    budgets = (each.budget for each in policy.members if isinstance(each, EvictionPolicy))
+    return max(budgets, default=0) if own is None else own
 
 
 _PROMPTS = {"stream": "", "bulk": ",prefill=bulk", "keep": ",protect=prompt"}

@@ -164,8 +164,7 @@ def _require_seen(options: argparse.Namespace, policies: Sequence[CachePolicy]) 
     if options.question != "seen":
         return
     for policy in reversed(policies):  # what was asked for comes after the baselines
-        law = policy.occupancy
-        if law.retained is not None and law.prompts == "stream":
+        if policy.evicts and policy.prompts == "stream":
             raise PolicyError(
                 f"{policy} streams: it evicts the text before it reads the question, so none is "
                 "seen; add prefill=bulk to it, or ask with --question unseen"

@@ -74,7 +74,7 @@ def _asked(evaluation: Evaluation) -> str:
         return ""
     if question == "unseen":
         return "; the question comes after the prompt, so no policy that evicts has seen it"
-    if any(run.policy.occupancy.prompts != "stream" for run in evaluation.runs):
+    if any(run.policy.prompts != "stream" for run in evaluation.runs):
         return "; the question ends the prompt: prefill=bulk has seen it, who streams has not"
     return "; the question comes last, and policies that stream have evicted by then"
 

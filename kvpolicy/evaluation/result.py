@@ -97,7 +97,7 @@ class Evaluation:
                 for each in self.runs
                 if series_of(each.policy).partition(":")[0] == "sinks"
                 and budget_of(each.policy) == budget_of(run.policy)
-                and each.policy.occupancy.prompts == run.policy.occupancy.prompts
+                and each.policy.prompts == run.policy.prompts
                 and each is not run
             ),
             None,
@@ -259,6 +259,5 @@ def question_of(policy: CachePolicy, question: Question) -> Question:
     Only what evicts behind a prompt, or never evicts from it, can have: policies that stream
     evict the text as they read it.
     """
-    law = policy.occupancy
-    is_dense = law.retained is None or law.prompts != "stream"
+    is_dense = not policy.evicts or policy.prompts != "stream"
     return question if is_dense else "unseen"

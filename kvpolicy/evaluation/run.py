@@ -114,7 +114,7 @@ def _require_prompts(
 ) -> None:
     """Raise ValueError unless policies find the prompts that they set apart."""
     has_prompts = all(each.prompt_tokens for group in samples.values() for each in group)
-    needing = [str(policy) for policy in policies if policy.occupancy.needs_prompt]
+    needing = [str(policy) for policy in policies if policy.needs_prompt]
     if needing and not has_prompts:
         raise ValueError(
             f"{needing[0]} sets the prompt apart, and perplexity has none: a window is one text; "

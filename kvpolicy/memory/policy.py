@@ -42,11 +42,6 @@ class MemoryPolicy(EvictionPolicy):
         """Whether anything is kept beside tokens; a memory without room is none."""
         return True
 
-    @property
-    def parameter_file(self) -> str | None:
-        """The file of fitted or trained parameters that it reads; None if it reads none."""
-        return None
-
     def score(self, view: View) -> "Tensor":
         """Rate a slot by its position: the oldest goes first."""
         return view.positions

@@ -72,23 +72,29 @@ def estimate(
     oracle: bool = False,
 ) -> Estimate:
     """Estimate a replay of some layers of some sequences; the time is without the oracle's."""
-    if any(map(is_compiled, policies)):
+    members = [member for policy in policies for member in policy.members]
+    if any(map(is_compiled, members)):
         from kvpolicy_sim import kernels
 
         kernels.prepare()
     longest = max(sequences, key=lambda sequence: sequence.tokens)
     at_once = min(threads, num_layers * len(sequences))
     working = _layer_bytes(header, longest.tokens, outputs)
-    working += max(_block_bytes(header, sequence, policies) for sequence in sequences)
-    working += max(_memory_bytes(header, policy) for policy in policies)
-    working += max(_oracle_bytes(x, policies) for x in sequences) if oracle else 0
+    working += max(_block_bytes(header, sequence, members) for sequence in sequences)
+    working += max(_memory_bytes(header, member) for member in members)
+    working += max(_oracle_bytes(x, members) for x in sequences) if oracle else 0
     results = sum(
         _result_bytes(header, sequence.tokens) * num_layers * len(policies)
         for sequence in sequences
     )
     # One policy's masses are copied to be sorted.
     results += results // len(policies)
-    work = sum(_work(header, s, p, outputs) for s in sequences for p in policies)
+    work = sum(
+        sum(_work(header, sequence, member, outputs) for member in policy.members)
+        / len(policy.members)  # which layers are whose is not looked at
+        for sequence in sequences
+        for policy in policies
+    )
     work += sum(_shared_work(header, s.tokens, len(policies), details) for s in sequences)
     seconds = work * num_layers / at_once
     return Estimate(_resident_bytes() + _ALLOWANCE + at_once * working + results, seconds)

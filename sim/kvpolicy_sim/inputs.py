@@ -61,7 +61,7 @@ class LayerInputs:
 
     def law(self, policy: CachePolicy) -> Occupancy:
         """A policy's occupancy law, settled by the sequence's prompt."""
-        return policy.occupancy.of_prompt(self.prompt)
+        return policy.of_layer(self.layer).occupancy.of_prompt(self.prompt)
 
     def rows(self, first: int, last: int) -> slice:
         """Rows of the tokens [first, last)."""

@@ -103,7 +103,8 @@ def walk_layer(
 
     outcomes: dict[CachePolicy, PolicyOutcome] = {}
     for policy in policies:
-        parts = [lane(policy, heads).run(advance) for heads in _units(policy, inputs)]
+        member = policy.of_layer(inputs.layer)
+        parts = [lane(member, heads).run(advance) for heads in _units(member, inputs)]
         outcomes[policy] = PolicyOutcome.join(inputs, parts)
     return outcomes
 

@@ -39,11 +39,12 @@ def measure_regret(
     found: dict[CachePolicy, Regret] = {}
     for is_layer in (False, True):
         units = [slice(0, num_heads)] if is_layer else [slice(head, head + 1) for head in chosen]
+        members = {policy: policy.of_layer(inputs.layer) for policy in outcomes}
         policies = {
-            policy: replace(policy.occupancy, state_slots=0)
-            for policy in outcomes
-            if isinstance(policy, EvictionPolicy)
-            and policy.scope_is_layer == is_layer
+            policy: replace(member.occupancy, state_slots=0)
+            for policy, member in members.items()
+            if isinstance(member, EvictionPolicy)
+            and member.scope_is_layer == is_layer
             and inputs.law(policy).evicted(inputs.tokens)
         }
         optima = [_optima(inputs, unit, set(policies.values())) for unit in units if policies]

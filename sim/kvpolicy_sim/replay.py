@@ -119,7 +119,7 @@ def _replay(
     report = Report.blank(
         trace.header, options.level, choose_layers(trace.header, layers), chosen, policies
     )
-    if any(map(is_compiled, policies)):
+    if any(is_compiled(member) for policy in policies for member in policy.members):
         from kvpolicy_sim import kernels
 
         kernels.prepare()

@@ -3,7 +3,6 @@
 Axes: H_kv KV heads, G query heads per KV head, T tokens, r rows (tokens with queries).
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -12,6 +11,8 @@ import numpy as np
 
 from kvpolicy import CachePolicy, Ledger, Occupancy
 from kvpolicy.footprint import PAGE_STATE_BYTES, peak_slots
+from kvpolicy.ledger import check_evicted
+from kvpolicy.ledger import mean as _mean
 from kvpolicy.policy import EvictionPolicy
 from kvpolicy.trace import Header
 from kvpolicy.trace import Sequence as TracedSequence
@@ -73,24 +74,41 @@ class PolicyResult:
     regrets: dict[Place, Regret] = field(default_factory=dict, repr=False)
 
     @property
-    def budget(self) -> int | None:
-        """Slots kept after an eviction, those of a memory included; None if all are."""
-        law = self.policy.occupancy
-        return None if law.retained is None else law.retained + law.state_slots
+    def budget(self) -> int | float | None:
+        """Slots kept after an eviction, those of a memory included, mean over layers.
+
+        None if a layer keeps all.
+        """
+        laws = [self.policy.of_layer(layer).occupancy for layer in self._layers]
+        kept = [None if x.retained is None else x.retained + x.state_slots for x in laws]
+        bounded = [slots for slots in kept if slots is not None]
+        return _mean(bounded) if bounded and len(bounded) == len(kept) else None
 
     @property
     def seconds(self) -> float:
         """Time taken, summed over threads."""
         return sum(outcome.seconds for outcome in self.outcomes.values())
 
-    def law(self, sequence: int) -> Occupancy:
-        """The occupancy law of a sequence, settled by its prompt."""
-        return self.policy.occupancy.of_prompt(self.sequences[sequence].prompt_len)
+    @property
+    def _layers(self) -> list[int]:
+        """Layers replayed; those of the trace before there are any."""
+        return sorted({layer for _, layer in self.outcomes}) or list(self.header.layers)
+
+    def law(self, sequence: int, layer: int) -> Occupancy:
+        """The occupancy law of a sequence in a layer, settled by its prompt."""
+        law = self.policy.of_layer(layer).occupancy
+        return law.of_prompt(self.sequences[sequence].prompt_len)
 
     @cached_property
     def _uncounted(self) -> dict[int, int]:
-        """First steps of each sequence that do not count; none if no row lies beyond them."""
-        found = {sequence: uncounted_steps(self.law(sequence)) for sequence in self.sequences}
+        """First steps of each sequence that do not count; none if no row lies beyond them.
+
+        Where layers differ in their laws, all have to have begun to evict.
+        """
+        found = {
+            sequence: max(uncounted_steps(self.law(sequence, layer)) for layer in self._layers)
+            for sequence in self.sequences
+        }
         stride = self.header.query_stride
         last_rows = {i: (x.tokens - 1) // stride * stride + 1 for i, x in self.sequences.items()}
         is_any_beyond = any(last_rows[sequence] > steps for sequence, steps in found.items())
@@ -252,44 +270,47 @@ class PolicyResult:
         Raises:
             LedgerError: The tokens evicted are not what the occupancy law demands.
         """
-        outcomes = [o for (at, _), o in self.outcomes.items() if at == sequence]
-        tokens, seconds = self.sequences[sequence].tokens, sum(o.seconds for o in outcomes)
-        counts = np.concatenate([(o.evicted_at > 0).sum(axis=1) for o in outcomes])
-        evicted = float(counts.mean())
-        evicted = int(evicted) if evicted.is_integer() else evicted
-        held, law = tokens - evicted, self.law(sequence)
-        bytes_held = int((held + law.state_slots) * len(counts) * self._slot_bytes)
-        bytes_held += sum(outcome.beside_bytes for outcome in outcomes)
+        outcomes = {layer: o for (at, layer), o in self.outcomes.items() if at == sequence}
+        laws = {layer: self.law(sequence, layer) for layer in outcomes}
+        tokens, heads = self.sequences[sequence].tokens, len(self.header.kv_heads)
+        evicted, slots, bytes_held = list[float](), list[float](), 0
+        for layer, outcome in outcomes.items():
+            evicted.append(_mean((outcome.evicted_at > 0).sum(axis=1).tolist()))
+            check_evicted(str(self.policy), tokens, evicted[-1], laws[layer])
+            slots.append(tokens - evicted[-1] + laws[layer].state_slots)
+            bytes_held += int(slots[-1] * heads * self._slot_bytes(layer)) + outcome.beside_bytes
         return Ledger(
             policy=str(self.policy),
             logical_tokens=tokens,
-            retained=held,
-            evicted=evicted,
-            slots_held=held + law.state_slots,
+            retained=tokens - _mean(evicted),
+            evicted=_mean(evicted),
+            slots_held=_mean(slots),
             blocks_held=0,
             bytes_held=bytes_held,
-            bytes_saved=tokens * len(counts) * self._cell_bytes - bytes_held,
-            evictions=law.evictions(tokens),
-            policy_seconds=seconds,
-            merged=_mean(outcome.merged for outcome in outcomes),
-        ).check(law)
+            bytes_saved=tokens * len(outcomes) * heads * self._cell_bytes - bytes_held,
+            evictions=max(law.evictions(tokens) for law in laws.values()),
+            policy_seconds=sum(outcome.seconds for outcome in outcomes.values()),
+            merged=_mean(outcome.merged for outcome in outcomes.values()),
+        )
 
     def bytes_at_peak(self, sequence: int) -> int:
         """What a sequence took at its fullest moment: what has to be provided for it."""
-        outcomes = [o for (at, _), o in self.outcomes.items() if at == sequence]
-        slots = peak_slots(self.law(sequence), self.sequences[sequence].tokens)
-        beside = sum(outcome.beside_bytes for outcome in outcomes)
-        return beside + len(outcomes) * len(self.header.kv_heads) * slots * self._slot_bytes
+        tokens, total = self.sequences[sequence].tokens, 0
+        for (at, layer), outcome in self.outcomes.items():
+            if at == sequence:
+                slots = peak_slots(self.law(sequence, layer), tokens)
+                total += len(self.header.kv_heads) * slots * self._slot_bytes(layer)
+                total += outcome.beside_bytes
+        return total
 
     @property
     def _cell_bytes(self) -> int:
         """Key and value of a token in one KV head."""
         return (self.header.head_dim + self.header.value_dim) * ITEM_BYTES[self.header.dtype]
 
-    @property
-    def _slot_bytes(self) -> int:
-        """A cell with its policy state."""
-        is_evictable = isinstance(self.policy, EvictionPolicy)
+    def _slot_bytes(self, layer: int) -> int:
+        """A cell with its policy state in a layer."""
+        is_evictable = isinstance(self.policy.of_layer(layer), EvictionPolicy)
         return self._cell_bytes + (PAGE_STATE_BYTES if is_evictable else 0)
 
     def as_dict(self, level: str) -> dict[str, Any]:
@@ -297,7 +318,7 @@ class PolicyResult:
         ledgers = [self.ledger(sequence) for sequence in self.sequences]
         tokens = sum(ledger.logical_tokens for ledger in ledgers)
         regret, peak = self.regret, _mean(map(self.bytes_at_peak, self.sequences))
-        layers = len({layer for _, layer in self.outcomes})
+        layers = len(self._layers)
         return {
             "policy": str(self.policy),
             "budget": self.budget,
@@ -321,9 +342,3 @@ class PolicyResult:
             "seconds": self.seconds,
             "steps_per_second": tokens / self.seconds if self.seconds else None,
         }
-
-
-def _mean(values: Iterable[float]) -> float:
-    found = list(values)
-    mean = sum(found) / len(found)
-    return int(mean) if float(mean).is_integer() else mean

@@ -49,9 +49,13 @@ def require_supported(
     if level not in get_args(Level):
         raise PolicyError(f"unknown level {level!r}; choose from {', '.join(get_args(Level))}")
     for policy in policies:
-        reason = _unsupported(header, policy) or _unsupported_memory(header, policy, has_weights)
-        if reason:
-            raise UnsupportedError(f"{policy}: {reason}")
+        for layer in header.layers:
+            policy.of_layer(layer)  # raises where there is none
+        for member in policy.members:
+            reason = _unsupported(header, member)
+            reason = reason or _unsupported_memory(header, member, has_weights)
+            if reason:
+                raise UnsupportedError(f"{member}: {reason}")
 
 
 def _unsupported(header: Header, policy: CachePolicy) -> str | None:
@@ -84,7 +88,7 @@ def require_prompts(
     Raises:
         UnsupportedError: With the policy, the sequence, and how to capture one that serves.
     """
-    apart = [policy for policy in policies if policy.occupancy.needs_prompt]
+    apart = [policy for policy in policies if policy.needs_prompt]
     for sequence in sequences if apart else ():
         if 0 < sequence.prompt_len < sequence.tokens:
             continue
@@ -98,8 +102,11 @@ def require_prompts(
 
 
 def needs_weights(policy: CachePolicy) -> bool:
-    """Whether the policy's memory passes rows through the model's layers."""
-    return isinstance(policy, MemoryPolicy) and policy.has_memory and policy.needs_decoder
+    """Whether a memory of the policy passes rows through the model's layers."""
+    return any(
+        isinstance(member, MemoryPolicy) and member.has_memory and member.needs_decoder
+        for member in policy.members
+    )
 
 
 def _unsupported_memory(header: Header, policy: CachePolicy, has_weights: bool) -> str | None:

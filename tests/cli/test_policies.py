@@ -25,6 +25,7 @@ PARAMETERS = {name: {"budget": 64} for name in kvpolicy.available()} | {
     "bswa": {"block": 16, "segments": 2},
     "fam": {"block": 16, "segments": 2, "slots": 8},
     "infini": {"segment": 16},
+    "mix": {"layers": "(0-:window)", "budget": 64},
 }
 
 
@@ -109,6 +110,7 @@ def test_a_value_that_one_host_refuses_is_named() -> None:
     assert capability(FAM, "vllm") == "yes, not level=model"
     assert capability(FAM, "transformers") == "yes"
     assert capability(FAM, "simulator") == "yes"
+    assert capability(kvpolicy.available()["mix"], "vllm").startswith("yes, only parts with equal")
 
 
 @pytest.mark.parametrize("name", PARAMETERS)

@@ -53,6 +53,7 @@ CONTRACTED = [
     "keydiff:budget=16",
     "keydiff:budget=16,interval=3,recent=3,protect=(2:4)",
     "random:budget=16,seed=7",
+    "mix:layers=(0:window;1-2:h2o;3-:random),budget=8,interval=3",
     "fixtures.policies.FadingMaximum:budget=16",
     "fixtures.policies.RowTimesKeyNorm:budget=16,power=0.5,scope=layer",
 ]

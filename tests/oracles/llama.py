@@ -26,9 +26,10 @@ from oracles.decoder import (
     silu,
     unchanged,
 )
-from oracles.dense import LayerOracle, Retained, Spec, parse
+from oracles.dense import LayerOracle, Retained, Spec
 from oracles.feedback import first_rows
 from oracles.memory import Given
+from oracles.specs import by_layer
 
 FAMILIES = ("llama", "mistral", "qwen3", "gemma")
 
@@ -155,7 +156,7 @@ class ModelOracle(ClosedLoop):
 
     Args:
         model: a transformers causal LM of one of `FAMILIES`, with default RoPE.
-        spec: the policy of every layer.
+        spec: the policy of every layer; a mix says which.
         parameters: tensors of the file that the spec names, if it names one.
         prompt: tokens of the prompt, for prefill=bulk and protect=prompt.
     """
@@ -169,18 +170,20 @@ class ModelOracle(ClosedLoop):
     ) -> None:
         config, decoder = model.config, model.model
         check_is_supported(config)
-        spec = parse(spec) if isinstance(spec, str) else spec
+        num_layers = len(decoder.layers)
+        specs = by_layer(spec, num_layers) if isinstance(spec, str) else [spec] * num_layers
         is_scaled = config.model_type == "gemma"
         self.embeddings = to_float64(decoder.embed_tokens.weight)
         self.embedding_scale = math.sqrt(config.hidden_size) if is_scaled else 1.0
         theta = config.rope_parameters["rope_theta"]
         decoders = [read_decoder(module, config) for module in decoder.layers]
         mean = self.embeddings.mean(axis=0) * self.embedding_scale
-        needs_rows = spec.level == "model" and spec.has_memory
-        rows = first_rows(decoders, mean, spec, theta) if needs_rows else [None] * len(decoders)
+        needs_rows = all(each.level == "model" and each.has_memory for each in specs)
+        rows = first_rows(decoders, mean, specs[0], theta) if needs_rows else [None] * num_layers
         self.layers = [
             DecoderLayer(
-                layer, LayerOracle(spec, layer=index, theta=theta, given=given, prompt=prompt)
+                layer,
+                LayerOracle(specs[index], layer=index, theta=theta, given=given, prompt=prompt),
             )
             for index, layer in enumerate(decoders)
             for given in [Given(parameters or {}, layer, rows[index])]

@@ -216,3 +216,20 @@ def _sawtooth(num_tokens: int, kept: int, interval: int) -> int:
     if num_tokens < kept + interval:
         return num_tokens
     return kept + (num_tokens - kept) % interval
+
+
+def by_layer(text: str, num_layers: int) -> list[Spec]:
+    """What a spec says of every layer: of a mix, each part in its own words."""
+    found = re.fullmatch(r"mix:layers=\((.*)\)(?:,budget=(\d+))?(?:,interval=(\d+))?", text)
+    if found is None:
+        return [parse(text)] * num_layers
+    specs: list[Spec] = []
+    for part in found[1].split(";"):
+        layers, _, spec = part.partition(":")
+        for key, value in (("budget", found[2]), ("interval", found[3])):
+            if value and f"{key}=" not in spec and spec != "full":
+                spec += f"{',' if ':' in spec else ':'}{key}={value}"
+        first, dash, last = layers.partition("-")
+        end = num_layers if dash and not last else int(last or first) + 1
+        specs += [parse(spec)] * (end - int(first))
+    return specs[:num_layers]

@@ -55,7 +55,7 @@ class Key:
 
 def keys_of(policies: Sequence[CachePolicy]) -> list[Key]:
     """A key for every policy; those that keep everything share a plain line."""
-    evicting = [policy for policy in policies if policy.occupancy.retained is not None]
+    evicting = [policy for policy in policies if policy.evicts]
     specs = [_items(str(policy)) for policy in evicting]
     common = set(specs[0]).intersection(*specs) if len(specs) > 1 else set[str]()
     keys: list[Key] = []

@@ -229,14 +229,19 @@ def _section(heading: str, introduction: str, *content: Markup) -> Markup:
     return element("section", element("h2", heading), element("p", introduction), *content)
 
 
-def _budgets(report: Report) -> list[int]:
+def _budgets(report: Report) -> Sequence[float]:
     """Budgets of all policies, ascending; those that keep no token past a segment have none."""
     return sorted({r.budget for r in report.results.values() if r.budget})
 
 
 def _starts(report: Report) -> list[int]:
     """Tokens seen where policies begin to evict, in any sequence, ascending."""
-    laws = [r.law(sequence) for r in report.results.values() for sequence in r.sequences]
+    laws = [
+        r.law(sequence, layer)
+        for r in report.results.values()
+        for sequence in r.sequences
+        for layer in report.layers
+    ]
     found = {uncounted_steps(law) + law.state_slots for law in laws if law.retained is not None}
     return sorted(found - {0})
 
