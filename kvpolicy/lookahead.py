@@ -26,7 +26,8 @@ BLOCK = 128
 def extend(layer: AttentionLayer, slots: Slots, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Process Q consecutive tokens of rows that have seen equally many; same as Q steps.
 
-    All blocks are decided before any is stored: if the policy fails, `slots` is unchanged.
+    All blocks are decided before any is stored: if the policy fails, `slots` is unchanged. No
+    tokens change nothing.
 
     Args:
         layer: The attention layer and its policy.
@@ -39,6 +40,8 @@ def extend(layer: AttentionLayer, slots: Slots, q: Tensor, k: Tensor, v: Tensor)
         [B, H, Q, D] in the dtype of q.
     """
     assert len(set(slots.tokens)) == 1, "rows of one call advance in lockstep"
+    if q.shape[2] == 0:
+        return q.new_empty(*q.shape[:3], v.shape[-1])
     outputs: list[Tensor] = []
     state = slots
     for parts in zip(

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 import kvpolicy
-from kvpolicy import engine, rehearsal, selection, testing
+from fixtures.broken_policies import ForgetsSinks, SeedsTorch, WantsFloat32
+from kvpolicy import agreement, engine, lookahead, promises, rehearsal, selection, testing
 from kvpolicy.attention import AttentionLayer
 from kvpolicy.errors import ContractError
 from kvpolicy.policy import View
 from kvpolicy.rehearsal import Case
 from kvpolicy.slots import Slots
-from kvpolicy.testing import CONTRACT, check_policy
+from kvpolicy.testing import CONTRACT, check_policy, example_view, run_check, variants
 
 
 class Sound(kvpolicy.ScorePolicy):
@@ -170,6 +171,8 @@ BROKEN = {
     ComplexScores: "runs_on_what_it_declares",
     FlatScores: "runs_on_what_it_declares",
     WritesIntoTheView: "leaves_the_view_alone",
+    SeedsTorch: "leaves_the_host_alone",
+    WantsFloat32: "takes_half_precision",
     Hoards: "holds_what_the_law_says",
     Moody: "answers_the_same_again",
     CountsColumns: "is_the_same_in_any_chunking",
@@ -231,13 +234,13 @@ def test_layer_scope_must_not_depend_on_how_heads_share_keys() -> None:
     with pytest.raises(ContractError, match="copied_kv_heads_decide_alike"):
         check_policy(
             WeighsHeads(budget=8, scope="layer"),
-            checks=(testing.copied_kv_heads_decide_alike,),
+            checks=(promises.copied_kv_heads_decide_alike,),
         )
 
 
 def test_differences_at_near_ties_are_excused_and_counted() -> None:
     """Proves that floating-point noise fails no policy."""
-    (outcome,) = check_policy(Noisy(budget=8), checks=(testing.rows_do_not_interact,))
+    (outcome,) = check_policy(Noisy(budget=8), checks=(promises.rows_do_not_interact,))
     assert 0 < outcome.near_ties < outcome.cases
 
 
@@ -245,9 +248,9 @@ def test_a_check_that_only_meets_near_ties_fails() -> None:
     """Proves that a check that proved nothing does not pass."""
 
     def undecided(policy: kvpolicy.CachePolicy, case: Case) -> None:
-        raise testing.NearTie
+        raise agreement.NearTie
 
-    with pytest.raises(ContractError, match="every case of undecided is a near-tie"):
+    with pytest.raises(ContractError, match="breaks undecided: every case is a near-tie"):
         check_policy("tova:budget=8", checks=(undecided,))
 
 
@@ -289,6 +292,14 @@ def step_that_counts_first(layer: AttentionLayer, slots: Slots, *new: Tensor) ->
         raise
 
 
+def extend_that_counts(layer: AttentionLayer, slots: Slots, *new: Tensor) -> Tensor:
+    """Take an empty chunk for a token."""
+    output = lookahead.extend(layer, slots, *new)
+    if new[0].shape[2] == 0:
+        slots.tokens = [n + 1 for n in slots.tokens]
+    return output
+
+
 class Threshold(Sound):
     """Distinguishes much attention from little, so that the scale of weights matters."""
 
@@ -306,6 +317,13 @@ class Threshold(Sound):
         ("keeps_one_set_under_layer_scope", "tova:budget=8", AttentionLayer, "pool", summed),
         ("attends_densely_within_its_budget", "full", AttentionLayer, "logits", hot),
         ("a_failure_changes_nothing", "tova:budget=8", rehearsal, "step", step_that_counts_first),
+        (
+            "no_tokens_change_nothing",
+            "tova:budget=8",
+            rehearsal,
+            "extend",
+            extend_that_counts,
+        ),
     ],
 )
 def test_broken_core_is_caught_by_its_check(
@@ -334,14 +352,14 @@ def without_layer_scope(policy: kvpolicy.EvictionPolicy, view: View, surplus: in
 def test_smallest_case_reproduces_the_failure() -> None:
     """Proves that the example in the message fails when the check is called with it."""
     with pytest.raises(ContractError) as caught:
-        check_policy(ComparesRows(budget=8), checks=(testing.rows_do_not_interact,))
+        check_policy(ComparesRows(budget=8), checks=(promises.rows_do_not_interact,))
     told = str(caught.value).partition("smallest case: rows_do_not_interact(")[2]
     case = eval(told.partition("), ")[2].removesuffix(")"), {"Case": Case})  # noqa: S307
     spec = told.partition("'")[2].partition("'")[0]
     parameters = dict(pair.split("=") for pair in spec.partition(":")[2].split(","))
     policy = ComparesRows(**{key: int(value) for key, value in parameters.items()})
     with pytest.raises(ContractError):
-        testing.rows_do_not_interact(policy, case)
+        promises.rows_do_not_interact(policy, case)
 
 
 def test_draws_are_the_same_in_every_run() -> None:
@@ -371,6 +389,55 @@ def test_wrong_specs_are_policy_errors() -> None:
     """Proves that check_policy takes specs and refuses bad ones as parse does."""
     with pytest.raises(kvpolicy.PolicyError, match="unknown policy 'lru'"):
         check_policy("lru:budget=4")
+
+
+def test_protection_is_what_the_keys_say() -> None:
+    """Proves that a class whose properties promise less than its keys is called out."""
+    with pytest.raises(
+        ContractError, match=r"breaks keeps_what_is_protected: row \d, KV head \d lost"
+    ):
+        check_policy(
+            ForgetsSinks(budget=8, sinks=2), checks=(the_check("keeps_what_is_protected"),)
+        )
+
+
+def test_an_outcome_tells_the_failure_in_parts() -> None:
+    """Proves that programs get the problem, the policy, the case, and a line that fails."""
+    outcome = run_check(ComparesRows(budget=8), promises.rows_do_not_interact)
+    assert outcome.failure is not None
+    assert outcome.failure.case is not None
+    assert isinstance(outcome.failure.policy, ComparesRows)
+    assert outcome.example is not None
+    assert repr(outcome.failure.case) in outcome.example
+    sound = run_check(Sound(budget=8), promises.forgets_for_good, examples=2)
+    assert (sound.failure, sound.example, sound.cases) == (None, None, 2)
+
+
+def test_variants_change_what_a_class_takes_and_nobody_chose() -> None:
+    """Proves that protection, scope and prompts are tried where they can be, and only there."""
+    assert [str(policy) for policy in variants(kvpolicy.parse("tova:budget=16"))] == [
+        "tova:budget=16",
+        "tova:budget=16,sinks=2,recent=2",
+        "tova:budget=16,scope=head",
+        "tova:budget=16,protect=(1:3)",
+        "tova:budget=16,protect=prompt",
+        "tova:budget=16,prefill=bulk",
+    ]
+    assert [str(policy) for policy in variants(kvpolicy.parse("full"))] == ["full"]
+    chosen = kvpolicy.parse("h2o:budget=16,recent=4,scope=layer,group_pool=mean,prefill=bulk")
+    with_spans = kvpolicy.parse(f"{chosen},protect=(1:3)")
+    assert variants(chosen) == [chosen, with_spans]
+
+
+def test_an_example_view_shows_what_the_policy_declares() -> None:
+    """Proves that authors get a view to test on: one request, two heads, nothing undeclared."""
+    view = example_view(Sound(budget=8), slots=9)
+    assert view.weights is not None
+    assert view.weights.shape == (1, 2, 9)
+    assert view.values is None
+    assert bool(view.valid.all())
+    with pytest.raises(kvpolicy.PolicyError, match="never evicts"):
+        example_view(kvpolicy.parse("full"))
 
 
 def test_every_check_says_what_it_promises() -> None:
