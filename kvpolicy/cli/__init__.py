@@ -8,6 +8,8 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
 
 from kvpolicy.errors import KVPolicyError, PolicyError
@@ -38,14 +40,18 @@ COMMANDS = {
     "replay": Command("kvpolicy.cli.replay", "replay a trace under policies"),
     "recommend": Command("kvpolicy.cli.recommend", "find the smallest budget that keeps enough"),
     "fit": Command("kvpolicy.cli.fit", "fit the parameters of a memory to a trace"),
+    "allocate": Command("kvpolicy.cli.allocate", "give layers budgets of their own, by a trace"),
     "trace": Command("kvpolicy.cli.trace", "make synthetic traces"),
     "plan": Command("kvpolicy.cli.plan", "compute memory and concurrency of policies on a model"),
+    "new": Command("kvpolicy.cli.new", "make a package for a policy of your own"),
+    "check": Command("kvpolicy.cli.check", "check a policy: contract, hosts, speed"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program on its arguments and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _look_here_too()
     try:
         chosen = _parser().parse_args(arguments[:1])
         command = importlib.import_module(COMMANDS[chosen.command].module)
@@ -64,6 +70,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (KVPolicyError, OSError) as error:
         print(f"kvpolicy: error: {one_line(error)}", file=sys.stderr)
         return USAGE if isinstance(error, PolicyError | OSError) else FAILED
+
+
+def _look_here_too() -> None:
+    """Let specs name classes of modules in the working directory, behind all that is installed."""
+    with suppress(OSError):  # it may have been removed
+        here = str(Path.cwd())
+        if not {here, ""} & {*sys.path}:
+            sys.path.append(here)
 
 
 def one_line(error: BaseException) -> str:
