@@ -1,25 +1,31 @@
 """Loading a model and its tokenizer from a folder, ready to be judged."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging
 
 from kvpolicy import UnsupportedError
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A model with its tokenizer.
+@dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """A model's tokenizer.
 
     Attributes:
-        model: The model, in evaluation mode.
-        tokenizer: Its tokenizer.
+        tokenizer: The tokenizer.
     """
 
-    model: PreTrainedModel
     tokenizer: Any
 
     @property
@@ -37,6 +43,17 @@ class Checkpoint:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint(Vocabulary):
+    """A model with its tokenizer.
+
+    Attributes:
+        model: The model, in evaluation mode.
+    """
+
+    model: PreTrainedModel
+
+
 def load_checkpoint(path: str, dtype: torch.dtype = torch.float32) -> Checkpoint:
     """Load a model for evaluation, by default in float32.
 
@@ -44,11 +61,38 @@ def load_checkpoint(path: str, dtype: torch.dtype = torch.float32) -> Checkpoint
         UnsupportedError: There is no model that transformers can load.
     """
     logging.disable_progress_bar()
-    try:
+    with _refusing(path):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(path)
+    return Checkpoint(model=model.eval(), tokenizer=tokenizer)
+
+
+def load_vocabulary(path: str) -> Vocabulary:
+    """Load a model's tokenizer alone.
+
+    Raises:
+        UnsupportedError: There is none that transformers can load.
+    """
+    with _refusing(path):
+        return Vocabulary(tokenizer=AutoTokenizer.from_pretrained(path))
+
+
+def load_config(path: str) -> PretrainedConfig:
+    """Load a model's configuration alone.
+
+    Raises:
+        UnsupportedError: There is none that transformers can load.
+    """
+    with _refusing(path):
+        return AutoConfig.from_pretrained(path)
+
+
+@contextmanager
+def _refusing(path: str) -> Iterator[None]:
+    """Turn what transformers raises about a folder into an error of ours."""
+    try:
+        yield
     except (OSError, ValueError) as error:
         raise UnsupportedError(
             f"cannot load a model from {path!r}: {str(error).splitlines()[0]}"
         ) from error
-    return Checkpoint(model.eval(), tokenizer)

@@ -41,18 +41,34 @@ def require_supported(model: PreTrainedModel, policy: CachePolicy) -> None:
             f"PolicyCache needs a transformers PreTrainedModel, got {type(model).__name__}; of a "
             "wrapped model give the model inside"
         )
+    require_config_supported(model.config, policy, type(model).__name__)
     for member in policy.members:
         reason = (
-            _unsupported_policy(member)
-            or _unsupported_config(model.config)
-            or _unsupported_hybrid(model.config, member)
-            or _unsupported_rope(model.config, member)
-            or _unsupported_modules(model)
+            _unsupported_modules(model)
             or _unsupported_setup(model)
             or _unsupported_memory(model, member)
         )
         if reason:
             raise UnsupportedError(f"{member} on {type(model).__name__}: {reason}")
+
+
+def require_config_supported(config: PretrainedConfig, policy: CachePolicy, name: str) -> None:
+    """Raise UnsupportedError if a model's configuration alone shows that the policy is not.
+
+    Args:
+        config: The configuration.
+        policy: The policy.
+        name: What to call the model.
+    """
+    for member in policy.members:
+        reason = (
+            _unsupported_policy(member)
+            or _unsupported_config(config)
+            or _unsupported_hybrid(config, member)
+            or _unsupported_rope(config, member)
+        )
+        if reason:
+            raise UnsupportedError(f"{member} on {name}: {reason}")
 
 
 def attention_modules(model: PreTrainedModel) -> list[Any]:

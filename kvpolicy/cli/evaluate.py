@@ -1,10 +1,8 @@
 """``kvpolicy eval``: closed-loop quality of policies, the full cache beside every number."""
 
 import argparse
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Any, TypeAlias
 
 from kvpolicy.cli.arguments import (
@@ -19,10 +17,10 @@ from kvpolicy.cli.arguments import (
 from kvpolicy.cli.output import Output
 from kvpolicy.cli.source import add_source, load_model, read_text
 from kvpolicy.errors import PolicyError
-from kvpolicy.evaluation.sample import Sample
+from kvpolicy.evaluation.sample import Sample, digest_of
 from kvpolicy.evaluation.source import Source
 from kvpolicy.evaluation.task import Task
-from kvpolicy.evaluation.tasks import TASKS
+from kvpolicy.evaluation.tasks import TASKS, tasks_with
 from kvpolicy.ledger import SEMANTICS
 from kvpolicy.policy import CachePolicy
 
@@ -49,7 +47,7 @@ def run(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     task = _task(options)
     policies = with_baselines(with_budgets(options.policy, options.budgets or ()))
-    _require_seen(options, policies)
+    require_seen(options.question, policies)
     if options.plot and not any(getattr(policy, "budget", None) for policy in policies):
         raise PolicyError("--plot draws quality against budget, and no policy has one; add one")
     require("transformers")
@@ -142,7 +140,7 @@ def _task(options: argparse.Namespace) -> Task:
         if (value := getattr(options, option)) is not None
     }
     for setting in chosen:
-        having = [name for name, task in TASKS.items() if setting in _settings_of(task)]
+        having = tasks_with(setting)
         if options.task not in having:
             raise PolicyError(
                 f"--{OPTIONS[setting].replace('_', '-')} is for --task {' or '.join(having)}, and "
@@ -151,17 +149,17 @@ def _task(options: argparse.Namespace) -> Task:
     return TASKS[options.task](**chosen)
 
 
-def _settings_of(task: type[Task]) -> set[str]:
-    return {field.name for field in fields(task)}
-
-
-def _require_seen(options: argparse.Namespace, policies: Sequence[CachePolicy]) -> None:
+def require_seen(question: str | None, policies: Sequence[CachePolicy]) -> None:
     """Refuse to call a question seen that some policy reads after evicting.
 
+    Args:
+        question: What was asked for; None if nothing was.
+        policies: The policies.
+
     Raises:
-        PolicyError: One does, and ``--question seen`` was asked for.
+        PolicyError: One does, and the question was to be seen.
     """
-    if options.question != "seen":
+    if question != "seen":
         return
     for policy in reversed(policies):  # what was asked for comes after the baselines
         if policy.evicts and policy.prompts == "stream":
@@ -207,7 +205,6 @@ def _settings(
     host: ClosedLoop,
 ) -> dict[str, Any]:
     """Whatever finished cells depend on beside policies."""
-    written = json.dumps({n: [asdict(s) for s in group] for n, group in samples.items()})
     return {
         "semantics": SEMANTICS,
         "task": task.name,
@@ -216,7 +213,7 @@ def _settings(
         "samples": options.samples,
         "seed": options.seed,
         "rows": [host.batch_size(group) for group in samples.values()],
-        "text and tokenizer": hashlib.sha256(written.encode()).hexdigest(),
+        "text and tokenizer": digest_of(samples),
         "model": host.fingerprint(),
     }
 

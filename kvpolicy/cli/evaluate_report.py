@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from rich.table import Table
 
-from kvpolicy.cli.output import figure, size, table
+from kvpolicy.cli.output import by_budget, figure, size, table
 from kvpolicy.evaluation.plot import Axes, Point, Series, draw
 from kvpolicy.evaluation.result import Comparison, Evaluation, Place, budget_of, series_of
 from kvpolicy.evaluation.run import Run
@@ -121,7 +121,6 @@ def _curve(evaluation: Evaluation, places: Sequence[Place]) -> Table:
 def _sweep(evaluation: Evaluation, *, is_narrow: bool) -> Iterator[Table | str]:
     """Tables with a line per series of policies and a column per budget."""
     full, lines = evaluation.runs[0], _lines(evaluation)
-    budgets = sorted({budget for runs in lines.values() for budget in runs})
     contents: dict[str, Callable[[Run], str]] = {
         evaluation.task.title: lambda run: _value(evaluation, run),
         "against full": lambda run: _interval(evaluation, evaluation.compare(run, full)),
@@ -132,12 +131,7 @@ def _sweep(evaluation: Evaluation, *, is_narrow: bool) -> Iterator[Table | str]:
         if is_narrow and title.startswith("against"):
             continue
         yield title
-        rows = table("slots", *map(str, budgets))
-        for label, runs in lines.items():
-            rows.add_row(label, *(show(runs[b]) if b in runs else "-" for b in budgets))
-        if title == evaluation.task.title:
-            rows.add_row("full", *[show(full)] * len(budgets))
-        yield rows
+        yield by_budget(lines, show, show(full) if title == evaluation.task.title else None)
         yield ""
 
 

@@ -2,10 +2,10 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -24,6 +24,8 @@ from rich.text import Text
 from kvpolicy.errors import PolicyError
 
 Advance = Callable[[float], None]
+
+T = TypeVar("T")
 
 PIPED_WIDTH = 120
 
@@ -102,7 +104,7 @@ class Output:
         """Write the result where ``--json`` says."""
         if self._target is None:
             return
-        text = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        text = as_json(result)
         if self._target == "-":
             sys.stdout.write(text)
             sys.stdout.flush()
@@ -131,6 +133,11 @@ class Output:
             disable=not self._progress_console.is_terminal,
         ) as progress:
             yield Steps(progress)
+
+
+def as_json(result: dict[str, Any]) -> str:
+    """A result as the text of a JSON file."""
+    return json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 class Steps:
@@ -164,6 +171,25 @@ def table(*columns: str, title: str | None = None, left: int = 1) -> Table:
             column, justify="left" if is_text else "right", overflow="fold", no_wrap=not is_text
         )
     return made
+
+
+def by_budget(
+    series: Mapping[str, Mapping[int, T]], show: Callable[[T], str], full: str | None = None
+) -> Table:
+    """A table with a line per series and a column per budget.
+
+    Args:
+        series: What there is at each budget, by what the budgets have in common.
+        show: A cell's text.
+        full: The full cache's, in a line of its own; None for no such line.
+    """
+    budgets = sorted({budget for cells in series.values() for budget in cells})
+    rows = table("slots", *map(str, budgets))
+    for label, cells in series.items():
+        rows.add_row(label, *(show(cells[b]) if b in cells else "-" for b in budgets))
+    if full is not None:
+        rows.add_row("full", *[full] * len(budgets))
+    return rows
 
 
 def figure(value: float | None, digits: int = 2) -> str:

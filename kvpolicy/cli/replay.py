@@ -21,7 +21,7 @@ EXAMPLES = """
   kvpolicy replay t.kvtrace --policy mymodule.Mine:budget=64 --level open-loop --json -
 """
 
-_WIDE = 112
+WIDE = 112
 """Columns that the whole table takes; narrower ones leave out what matters least."""
 
 LEVELS = ("layer-local", "open-loop")
@@ -41,7 +41,7 @@ def run(arguments: Sequence[str]) -> int:
         report = _replay(options, trace, policies, output)
     if report is None:
         return 0
-    output.print(_table(report, is_narrow=output.width < _WIDE))
+    output.print(results_table(report.as_dict()["results"], is_narrow=output.width < WIDE))
     output.print("\n" + CAVEAT.format(level=options.level))
     output.json(report.as_dict())
     if options.html:
@@ -149,9 +149,13 @@ def _replay(
         )
 
 
-def _table(report: Report, *, is_narrow: bool) -> Table:
-    """One line per policy."""
-    results = report.as_dict()["results"]
+def results_table(results: Sequence[dict[str, Any]], *, is_narrow: bool) -> Table:
+    """One line per policy.
+
+    Args:
+        results: Entries of a replay's JSON.
+        is_narrow: Whether to leave out what matters least.
+    """
     has_memory = any(result["memory_share"] is not None for result in results)
     columns = {
         "kept": lambda r: figure(100 * r["retention_ratio"], 1) + " %",
@@ -161,7 +165,7 @@ def _table(report: Report, *, is_narrow: bool) -> Table:
         "memory share": lambda r: figure(r["memory_share"], 4),
         "merged": lambda r: figure(r["merged"], 0),
         "recall@16": lambda r: figure((r["recall"] or {}).get("16"), 3),
-        "regret": lambda r: _regret(r["regret"]),
+        "regret": lambda r: regret_interval(r["regret"]),
         "bytes kept": lambda r: size(r["bytes_kept"]),
         "at peak": lambda r: size(r["bytes_at_peak"]),
         "steps/s": lambda r: figure(r["steps_per_second"], 0),
@@ -194,7 +198,7 @@ def _mass(mass: dict[str, Any], is_narrow: bool) -> str:
     return f"{mass['mean']:.4f} ({interval[0]:.4f} .. {interval[1]:.4f})"
 
 
-def _regret(regret: dict[str, float] | None) -> str:
+def regret_interval(regret: dict[str, float] | None) -> str:
     """A regret interval in per cent of the optimum."""
     if regret is None:
         return "-"

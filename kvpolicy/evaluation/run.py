@@ -65,7 +65,7 @@ def evaluate(
         LedgerError: A cache evicted other than its occupancy law demands.
         PolicyError: A finished cell is not of these samples.
     """
-    _require_prompts(samples, policies)
+    require_prompts(samples, policies)
     cells = Cells() if cells is None else cells
     runs = [Run(policy, []) for policy in policies]
     for context in sorted(samples):
@@ -109,7 +109,7 @@ def _finish(
     return finished
 
 
-def _require_prompts(
+def require_prompts(
     samples: Mapping[int, Sequence[Sample]], policies: Sequence[CachePolicy]
 ) -> None:
     """Raise ValueError unless policies find the prompts that they set apart."""

@@ -1,7 +1,9 @@
 """What a task asks: a sequence of tokens, and which of them are to be predicted."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,3 +52,9 @@ class Sample:
     def num_predicted(self) -> int:
         """Tokens to be predicted."""
         return sum(target.size for target in self.targets)
+
+
+def digest_of(samples: Mapping[int, Sequence[Sample]]) -> str:
+    """Tell samples, by context length, from any others: SHA-256 of all that is in them."""
+    written = json.dumps({n: [asdict(s) for s in group] for n, group in samples.items()})
+    return hashlib.sha256(written.encode()).hexdigest()

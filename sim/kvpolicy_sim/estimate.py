@@ -30,7 +30,7 @@ _MEMORY_BUFFERS = 8
 _MEMORY_COPIES = 12
 """Copies of a memory, and of the tokens that it takes in at once, while it does so."""
 
-_ALLOWANCE = 96 << 20
+ALLOWANCE = 96 << 20
 """Bytes for code that is loaded on the way, thread stacks, and what an allocator keeps."""
 
 _PASSES = 10
@@ -89,15 +89,10 @@ def estimate(
     )
     # One policy's masses are copied to be sorted.
     results += results // len(policies)
-    work = sum(
-        sum(_work(header, sequence, member, outputs) for member in policy.members)
-        / len(policy.members)  # which layers are whose is not looked at
-        for sequence in sequences
-        for policy in policies
-    )
+    work = sum(walk_seconds(header, s, p, outputs=outputs) for s in sequences for p in policies)
     work += sum(_shared_work(header, s.tokens, len(policies), details) for s in sequences)
     seconds = work * num_layers / at_once
-    return Estimate(_resident_bytes() + _ALLOWANCE + at_once * working + results, seconds)
+    return Estimate(resident_bytes() + ALLOWANCE + at_once * working + results, seconds)
 
 
 def _layer_bytes(header: Header, tokens: int, outputs: bool) -> int:
@@ -167,20 +162,43 @@ def _result_bytes(header: Header, tokens: int) -> int:
     return kv_heads * (header.group * rows + tokens) * _FLOAT + rows * 8
 
 
-def _work(header: Header, sequence: TracedSequence, policy: CachePolicy, outputs: bool) -> float:
-    """Seconds of one policy in one layer on one processor."""
+def walk_seconds(
+    header: Header,
+    sequence: TracedSequence,
+    policy: CachePolicy,
+    *,
+    outputs: bool = True,
+    in_core: bool | None = None,
+) -> float:
+    """Seconds of one policy in one layer on one processor.
+
+    Args:
+        header: Sizes of the layer.
+        sequence: How many tokens there are, and how many of them are the prompt.
+        policy: The policy.
+        outputs: Whether values are attended too.
+        in_core: Whether the core's look-ahead walks it; default where a replay has nothing faster.
+    """
+    if len(policy.members) > 1:  # which layers are whose is not looked at
+        parts = (
+            walk_seconds(header, sequence, member, outputs=outputs, in_core=in_core)
+            for member in policy.members
+        )
+        return sum(parts) / len(policy.members)
+    in_core = not is_compiled(policy) if in_core is None else in_core
     tokens = sequence.tokens
     rows = -(-tokens // header.query_stride)
     heads = len(header.kv_heads) * header.group
     interval = policy.occupancy.interval
     cells = sum(_widths(policy, sequence)) * (heads * rows * BLOCK / tokens)
     dims = header.head_dim + (header.value_dim if outputs else 0)
-    speed = _speed()
-    blocks = -(-tokens // BLOCK) * (heads // _heads_together(header, policy))
-    if not is_compiled(policy):  # between evictions Python takes about as long as for a block
+    machine = speed()
+    together = heads if in_core else _heads_together(header, policy)
+    blocks = -(-tokens // BLOCK) * (heads // together)
+    if in_core:  # between evictions Python takes about as long as for a block
         blocks += _CORE_BLOCKS * (-(-tokens // interval) + blocks)
-    passes = _PASSES if is_compiled(policy) else 2 * _PASSES  # copies of masked logits
-    walking = cells * (2 * dims * speed.multiply_add + passes * speed.exponential)
+    passes = 2 * _PASSES if in_core else _PASSES  # copies of masked logits
+    walking = cells * (2 * dims * machine.multiply_add + passes * machine.exponential)
     return walking + blocks * _BLOCK_SECONDS
 
 
@@ -189,13 +207,15 @@ def _shared_work(header: Header, tokens: int, num_policies: int, details: bool) 
     rows, heads = -(-tokens // header.query_stride), len(header.kv_heads) * header.group
     numbers = heads * rows * (header.head_dim + header.value_dim)
     numbers += len(header.kv_heads) * tokens * (header.head_dim + header.value_dim)
-    speed = _speed()
-    seconds = numbers * _READ_PASSES * speed.exponential
+    machine = speed()
+    seconds = numbers * _READ_PASSES * machine.exponential
     if details:
         cells = min(rows, SAMPLED_ROWS) * tokens
-        logits = 2 * header.head_dim * speed.multiply_add + _DETAIL_PASSES * speed.exponential
+        logits = 2 * header.head_dim * machine.multiply_add + _DETAIL_PASSES * machine.exponential
         seconds += cells * heads * logits
-        seconds += cells * len(header.kv_heads) * num_policies * _DETAIL_PASSES * speed.exponential
+        seconds += (
+            cells * len(header.kv_heads) * num_policies * _DETAIL_PASSES * machine.exponential
+        )
     return seconds
 
 
@@ -215,15 +235,15 @@ def _widths(policy: CachePolicy, sequence: TracedSequence) -> list[int]:
 
 
 @dataclass(frozen=True)
-class _Speed:
-    """Seconds per element on one thread."""
+class Speed:
+    """Seconds per element on one thread of this machine."""
 
     multiply_add: float
     exponential: float
 
 
 @cache
-def _speed() -> _Speed:
+def speed() -> Speed:
     """Measure this machine for some milliseconds."""
     x, y, z = torch.ones(512, 128), torch.ones(128, 1024), torch.zeros(512, 1024)
     threads = torch.get_num_threads()
@@ -233,7 +253,7 @@ def _speed() -> _Speed:
         exponential = min(_timed(z.exp) for _ in range(4))
     finally:
         torch.set_num_threads(threads)
-    return _Speed(product / (2 * 512 * 128 * 1024), exponential / z.numel())
+    return Speed(product / (2 * 512 * 128 * 1024), exponential / z.numel())
 
 
 def _timed(run: Callable[[], object]) -> float:
@@ -242,7 +262,7 @@ def _timed(run: Callable[[], object]) -> float:
     return perf_counter() - began
 
 
-def _resident_bytes() -> int:
+def resident_bytes() -> int:
     """Memory that this process holds; where that is not told, the most it has held so far."""
     statm = Path("/proc/self/statm")
     if statm.exists():
