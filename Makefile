@@ -7,6 +7,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 VENV := .venv
 BIN := $(VENV)/bin
 BENCH_VENV := .venv-bench
+RAY_VENV := .venv-ray
 PYTEST_ARGS ?=
 
 # Offline, no telemetry, one torch thread, and a KV pool that fits a small machine.
@@ -17,9 +18,14 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PIP_OPTIONS := --disable-pip-version-check -qq install --no-compile --no-input
 PIP_INSTALL := $(BIN)/python -m pip $(PIP_OPTIONS)
 BENCH_PIP_INSTALL := $(BENCH_VENV)/bin/python -m pip $(PIP_OPTIONS)
+RAY_PIP_INSTALL := $(RAY_VENV)/bin/python -m pip $(PIP_OPTIONS)
+
+# A network of its own, which ends with all processes in it; root is needed for neither.
+OWN_NETWORK := unshare --map-root-user --net --pid --fork --kill-child --mount-proc
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-prometheus soak lint format bench bench-env clean
+.PHONY: help install demo test test-slow test-prometheus test-ray soak lint format bench bench-env \
+	ray-env clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -41,6 +47,12 @@ test-prometheus: $(VENV)/.installed ## let a real Prometheus scrape a server; ne
 			"or set PROMETHEUS=/path/to/prometheus" >&2; exit 1; }
 	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m pytest -m prometheus tests/cli $(PYTEST_ARGS)
 
+# Ray listens on every interface, whatever it is told: nobody else is on this one.
+test-ray: ray-env ## sweep on a Ray cluster of this machine, in a network of its own
+	@$(OWN_NETWORK) true || { echo "cannot make a network namespace: Linux and util-linux's unshare," \
+		"with user namespaces or as root, are needed" >&2; exit 1; }
+	@$(OFFLINE) $(ONE_THREAD) $(OWN_NETWORK) $(RAY_VENV)/bin/python -m pytest -m ray tests/cli $(PYTEST_ARGS)
+
 # SOAK_MINUTES=2 shortens it, SOAK_SEED draws other requests, SOAK_JSON says where its report goes.
 soak: $(VENV)/.installed ## keep a server busy for 30 minutes and check every answer
 	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m pytest -s --show-capture=no -m soak tests/soak $(PYTEST_ARGS)
@@ -59,6 +71,9 @@ bench: $(VENV)/.installed ## run the benchmarks
 	@$(OFFLINE) $(BIN)/python -m pytest tests/bench -m bench $(PYTEST_ARGS)
 
 bench-env: $(BENCH_VENV)/.installed ## build .venv-bench: kvpress, for one of the benchmarks
+	@:
+
+ray-env: $(RAY_VENV)/.installed ## build .venv-ray: Ray above .venv, for sweeps on a cluster
 	@:
 
 clean: ## remove caches and build results; the environments stay
@@ -97,4 +112,15 @@ $(BENCH_VENV)/.installed: tests/bench/requirements-kvpress.txt
 		rm -rf $(BENCH_VENV); exit 1; }
 	@$(BENCH_PIP_INSTALL) --no-deps -r $<
 	@$(BENCH_PIP_INSTALL) "$$(grep '^torch==' $<)"
+	@touch $@
+
+# Ray alone, above what .venv has: nothing of vLLM's or transformers' runs beside it unasked.
+$(RAY_VENV)/.installed: tests/requirements-ray.txt $(VENV)/.installed
+	@echo "building $(RAY_VENV): Ray above $(VENV) (about 250 MB)"
+	@[ -x $(RAY_VENV)/bin/python ] || $(BIN)/python -m venv $(RAY_VENV) || { \
+		rm -rf $(RAY_VENV); exit 1; }
+	@below=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+		above=$$($(RAY_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+		echo "import site; site.addsitedir('$$below')" > $$above/below.pth
+	@$(RAY_PIP_INSTALL) --no-deps -r $<
 	@touch $@

@@ -39,6 +39,7 @@ COMMANDS = {
     "inspect": Command("kvpolicy.cli.inspection", "describe, verify, repair or cut a trace"),
     "replay": Command("kvpolicy.cli.replay", "replay a trace under policies"),
     "recommend": Command("kvpolicy.cli.recommend", "find the smallest budget that keeps enough"),
+    "sweep": Command("kvpolicy.cli.sweep.command", "run a grid of policies, budgets and sources"),
     "fit": Command("kvpolicy.cli.fit", "fit the parameters of a memory to a trace"),
     "allocate": Command("kvpolicy.cli.allocate", "give layers budgets of their own, by a trace"),
     "trace": Command("kvpolicy.cli.trace", "make synthetic traces"),

@@ -10,7 +10,7 @@ from kvpolicy.policy import CachePolicy, EvictionPolicy
 from kvpolicy.registry import parse
 from kvpolicy.spec import split_spec
 
-_HOSTS = {"transformers": "hf", "vllm": "cpu or vllm"}
+_HOSTS = {"transformers": "hf", "vllm": "cpu or vllm", "ray": "ray"}
 """Packages that commands need, and the extras that bring them."""
 
 _MAX_INDICES = 100_000
@@ -107,8 +107,8 @@ def with_budgets(specs: Sequence[str], budgets: Sequence[int]) -> list[str]:
     ]
     if completed == [[spec] for spec in specs]:
         raise PolicyError(
-            "--budgets completes policies that lack a budget, and none does: leave the budget out "
-            "of a spec, or drop --budgets"
+            "budgets complete policies that lack one, and none does: leave the budget out of a "
+            "spec, or drop the budgets"
         )
     return [spec for each in completed for spec in each]
 
