@@ -24,7 +24,7 @@ from typing import Any
 
 Job = Mapping[str, Any]
 
-ONE_THREAD = dict.fromkeys(
+ONE_THREAD: dict[str, str] = dict.fromkeys(
     ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"), "1"
 )
 """What keeps numeric libraries, which read it when they are imported, to one thread."""
@@ -75,11 +75,11 @@ def run_locally(work: str, jobs: Mapping[str, Job], workers: int) -> Iterator[Ou
             for worker in [each for each in busy if each.connection in ready]:
                 busy.remove(worker)
                 outcome = worker.finish()
+                if not (waiting and worker.is_alive):
+                    worker.end()
                 if waiting:
                     successor = worker if worker.is_alive else _Worker(work)
                     busy.append(successor.begin(*waiting.popleft()))
-                else:
-                    worker.end()
                 yield outcome
     finally:
         for worker in busy:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from typing import Any, ClassVar
 
 from kvpolicy.cli.sweep.grid import Entry, EvalEntry, ReplayEntry, naming
@@ -208,6 +207,7 @@ class EvalSource:
         facts: The model's sizes.
         vocabulary_size: Tokens that the model knows.
         model: Digest of the model's folder.
+        job: What a worker has to know.
     """
 
     kind: ClassVar[str] = "eval"
@@ -217,6 +217,7 @@ class EvalSource:
     facts: ModelFacts
     vocabulary_size: int
     model: str
+    job: Mapping[str, Any]
 
     @property
     def label(self) -> str:
@@ -227,20 +228,6 @@ class EvalSource:
     def policies(self) -> Sequence[CachePolicy]:
         """The full cache first."""
         return self.entry.policies
-
-    @cached_property
-    def job(self) -> Mapping[str, Any]:
-        """What a worker has to know."""
-        return {
-            "model": str(self.entry.model),
-            "text": None if self.entry.text is None else str(self.entry.text),
-            "task": self.entry.task.name,
-            "settings": asdict(self.entry.task),
-            "context": self.entry.context,
-            "count": self.entry.samples,
-            "seed": self.entry.seed,
-            "samples": digest_of({self.entry.context: self.samples}),
-        }
 
     def inputs(self, policy: CachePolicy) -> dict[str, Any]:
         """The model, and the samples, which text, tokenizer and seed are for."""
@@ -295,4 +282,14 @@ def open_eval(entry: EvalEntry, model: str) -> EvalSource:
         vocabulary, entry.text, entry.task, entry.context, entry.samples, entry.seed
     )
     require_prompts({entry.context: samples}, entry.policies)
-    return EvalSource(entry, samples, facts, len(vocabulary.tokenizer), model)
+    job = {
+        "model": str(entry.model),
+        "text": None if entry.text is None else str(entry.text),
+        "task": entry.task.name,
+        "settings": asdict(entry.task),
+        "context": entry.context,
+        "count": entry.samples,
+        "seed": entry.seed,
+        "samples": digest_of({entry.context: samples}),
+    }
+    return EvalSource(entry, samples, facts, len(vocabulary.tokenizer), model, job)
