@@ -130,7 +130,7 @@ def test_size_is_announced_and_reported(
     out = tmp_path / "t.kvtrace"
     assert main(["capture", "--text", str(text), "--tokens", "64", "--out", str(out)]) == 0
     first, second, *others = capsys.readouterr().out.splitlines()
-    assert first == "estimate: 64 tokens, 772.2 KiB"
+    assert first == "estimate: 64 tokens, 1.1 MiB"
     assert second.startswith(str(out))
     assert "per token" in others[-1]
     assert "tokens/s" in others[-1]
