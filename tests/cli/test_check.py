@@ -159,6 +159,7 @@ def test_a_policy_that_fails_with_many_slots_only_fails_the_check(
     assert verdict["detail"] == "it fails: IndexError: too many"
 
 
+@pytest.mark.slow
 @pytest.mark.vllm
 def test_a_policy_that_knows_its_host_is_found(capsys: pytest.CaptureFixture[str]) -> None:
     """A policy that decides otherwise in vLLM alone passes the contract and fails the check."""
