@@ -27,3 +27,21 @@ def spread(places: Sequence[float], gap: float) -> list[float]:
         found[index] = min(found[index], ceiling)
         ceiling = found[index] - gap
     return found
+
+
+def budget_marks(budgets: Sequence[float], most: int = 8) -> list[float]:
+    """What a scale of budgets is marked with: the budgets themselves, if they are few."""
+    places = sorted(set(budgets))
+    return places if len(places) <= most else ratio_marks(places[0], places[-1])
+
+
+def ratio_marks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten, the outer ones at or beyond the ends."""
+    marks = [
+        factor * 10.0**power
+        for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        for factor in (1, 2, 5)
+    ]
+    first = max((mark for mark in marks if mark <= low * 1.001), default=marks[0])
+    last = min((mark for mark in marks if mark >= high / 1.001), default=marks[-1])
+    return [mark for mark in marks if first <= mark <= last]

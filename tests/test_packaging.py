@@ -136,6 +136,7 @@ def test_importing_kvpolicy_loads_no_heavy_library() -> None:
         "msgpack",
         "safetensors",
         "numba",
+        "matplotlib",
     }
     assert loaded & heavy == set()
     assert loaded & (PACKAGES - {"kvpolicy"}) == set()
@@ -178,7 +179,7 @@ def test_constraints_pin_all_that_make_install_needs() -> None:
     project = PYPROJECT["project"]
     extras = project["optional-dependencies"]
     wanted = [*project["dependencies"], *extras["hf"], *extras["cpu"], *extras["sim"]]
-    wanted += extras["testing"]
+    wanted += [*extras["report"], *extras["testing"]]
     needed = closure([*wanted, *PYPROJECT["dependency-groups"]["dev"]])
     # A CUDA build of torch brings libraries that torch itself pins.
     needed = {name: version for name, version in needed.items() if not is_cuda_library(name)}

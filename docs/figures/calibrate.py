@@ -29,13 +29,13 @@ from kvpolicy.bundled import heldout_text
 from kvpolicy.cli.arguments import with_baselines, with_budgets
 from kvpolicy.evaluation.cells import CellFile, Cells
 from kvpolicy.evaluation.plot import Axes, Point, Series, draw
-from kvpolicy.evaluation.result import budget_of, series_of
 from kvpolicy.evaluation.run import evaluate
 from kvpolicy.evaluation.sample import Sample
 from kvpolicy.evaluation.source import Source
 from kvpolicy.evaluation.statistics import rank_correlation
 from kvpolicy.evaluation.tasks.ppl import Perplexity
 from kvpolicy.memory.policy import MemoryPolicy
+from kvpolicy.series import budget_of, series_of
 from kvpolicy_hf.checkpoint import load_checkpoint
 from kvpolicy_hf.closed_loop import ClosedLoop
 from kvpolicy_sim import capture, replay

@@ -16,6 +16,7 @@ from transformers import (
 from transformers.utils import logging
 
 from kvpolicy import UnsupportedError
+from kvpolicy.passage import Passage, spell
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,11 @@ class Vocabulary:
     def decode(self, tokens: list[int]) -> str:
         """The text of token ids, special ones left out."""
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def passage(self, tokens: list[int]) -> Passage | None:
+        """Token ids as text, each at its place; None of a tokenizer written in Python."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        return None if backend is None else spell(tokens, backend)
 
 
 @dataclass(frozen=True, kw_only=True)

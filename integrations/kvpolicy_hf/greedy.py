@@ -27,22 +27,34 @@ class GreedyRun:
 
 
 def generate_greedy(
-    model: PreTrainedModel, prompt: Sequence[int], policy: str | CachePolicy, new_tokens: int
+    model: PreTrainedModel,
+    tokens: Sequence[int],
+    policy: str | CachePolicy,
+    new_tokens: int,
+    prompt_tokens: int | None = None,
 ) -> GreedyRun:
-    """Generate exactly `new_tokens` tokens after one prompt, past any end of sequence.
+    """Generate exactly `new_tokens` tokens after some others, past any end of sequence.
+
+    Args:
+        model: The model.
+        tokens: What it reads.
+        policy: What its cache keeps.
+        new_tokens: How many to generate.
+        prompt_tokens: How many of `tokens` are the prompt, where policies set it apart; default
+            all.
 
     Raises:
         LedgerError: The tokens evicted are not what the occupancy law demands.
     """
-    cache = PolicyCache(model, policy)
-    ids, tokens = torch.tensor([list(prompt)]), list[int]()
+    cache = PolicyCache(model, policy, prompt_tokens)
+    ids, written = torch.tensor([list(tokens)]), list[int]()
     with torch.inference_mode():
         while True:
             logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-            tokens.append(int(logits[0, -1].argmax()))
-            if len(tokens) == new_tokens:
+            written.append(int(logits[0, -1].argmax()))
+            if len(written) == new_tokens:
                 break
-            ids = torch.tensor([tokens[-1:]])
+            ids = torch.tensor([written[-1:]])
     ruled = [layer for layer, window in enumerate(windows_of(model.config)) if window is None]
     retained = [cache.retained_positions(layer).tolist() for layer in ruled]
-    return GreedyRun(tokens, retained, cache.ledger())
+    return GreedyRun(written, retained, cache.ledger())

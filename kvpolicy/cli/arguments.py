@@ -10,7 +10,7 @@ from kvpolicy.policy import CachePolicy, EvictionPolicy
 from kvpolicy.registry import parse
 from kvpolicy.spec import split_spec
 
-_HOSTS = {"transformers": "hf", "vllm": "cpu or vllm", "ray": "ray"}
+_EXTRAS = {"ray": "ray", "tokenizers": "hf", "transformers": "hf", "vllm": "cpu or vllm"}
 """Packages that commands need, and the extras that bring them."""
 
 _MAX_INDICES = 100_000
@@ -52,6 +52,16 @@ def add_policies(parser: argparse.ArgumentParser, *, default: Sequence[str] | No
         required=default is None,
         help="policies, such as h2o:budget=256; may be repeated"
         + (f" (default: {' '.join(default)})" if default else ""),
+    )
+
+
+def add_budgets(parser: argparse.ArgumentParser) -> None:
+    """Declare ``--budgets N,N``, for `with_budgets`."""
+    parser.add_argument(
+        "--budgets",
+        type=sizes(),
+        metavar="N,N",
+        help="complete policies that lack a budget with each of these",
     )
 
 
@@ -162,7 +172,7 @@ def require(package: str) -> None:
     if find_spec(package) is None:
         raise UnsupportedError(
             f"this command needs {package}, which is not installed; "
-            f"install the extra {_HOSTS[package]} of kvpolicy, see docs/how-to/install.md"
+            f"install the extra {_EXTRAS[package]} of kvpolicy, see docs/how-to/install.md"
         )
 
 

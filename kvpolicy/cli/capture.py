@@ -1,7 +1,6 @@
 """``kvpolicy capture``: record what a model's attention receives and returns."""
 
 import argparse
-import hashlib
 import sys
 import time
 from collections.abc import Sequence
@@ -198,12 +197,13 @@ def _capture(
     import torch
 
     from kvpolicy_sim.capture import bytes_per_token, capture, plan
+    from kvpolicy_sim.text import tokenizer_hash
 
     chosen: dict[str, Any] = {
         "layers": options.layers,
         "kv_heads": options.kv_heads,
         "query_stride": options.query_stride,
-        "tokenizer": _tokenizer_hash(Path(options.model or bundled_model())),
+        "tokenizer": tokenizer_hash(Path(options.model or bundled_model()) / "tokenizer.json"),
     }
     kinds: dict[str, Any] = {"outputs": not options.no_outputs, "tokens": not options.no_tokens}
     tokens = sum(len(text.tokens) + options.new_tokens for text in texts)
@@ -227,9 +227,3 @@ def _capture(
         )
     with trace:
         show(output, trace, tokens, time.perf_counter() - began)
-
-
-def _tokenizer_hash(folder: Path) -> str:
-    """SHA-256 of the tokenizer's file; empty if there is none."""
-    file = folder / "tokenizer.json"
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""

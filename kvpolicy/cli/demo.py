@@ -15,9 +15,11 @@ from rich.text import Text
 from kvpolicy.bundled import bundled_model, heldout_text
 from kvpolicy.cli import FAILED, demo_passkey
 from kvpolicy.cli.arguments import command_parser, positive, require, require_plugin
-from kvpolicy.cli.highlight import Passage, highlight, kept_shares
+from kvpolicy.cli.highlight import highlight
 from kvpolicy.cli.output import Output, Steps, figure, size, table
+from kvpolicy.cli.pages import add_pages, page_output, write_pages
 from kvpolicy.ledger import SEMANTICS
+from kvpolicy.passage import Passage, kept_shares
 from kvpolicy.registry import parse
 
 # The hosts' types: this package may import hosts only inside functions.
@@ -31,6 +33,7 @@ Trial: TypeAlias = Any
 EXAMPLES = """
   kvpolicy demo
   kvpolicy demo --budget 64 --json demo.json
+  kvpolicy demo --html demo.html
   kvpolicy demo | less
 """
 
@@ -73,7 +76,7 @@ def run(arguments: Sequence[str]) -> int:
     from kvpolicy_vllm.trial import Trial as VllmTrial
 
     check_version()
-    began, output = time.perf_counter(), Output(options.json)
+    began, output = time.perf_counter(), page_output(options)
     with VllmTrial() as trial, output.progress() as steps:
         checkpoint = _load(options, steps)
         passages = make_passages(checkpoint, heldout_text(), PROMPT_TOKENS)
@@ -82,15 +85,24 @@ def run(arguments: Sequence[str]) -> int:
         _add_perplexities(rows, checkpoint, options.windows, steps)
         _add_speeds(rows, trial, steps)
         searches = _search(trial, plan, options.budget, checkpoint, steps)
+        specimen = None
+        if options.html or options.png:
+            from kvpolicy.cli.demo_page import examine
+
+            generations = [stock, *(row.generation for row in rows)]
+            specimen = examine(checkpoint, passages[0], generations, options.budget, steps)
     seconds = time.perf_counter() - began
     _show_texts(output, rows, passages[0], checkpoint)
     _show_table(output, stock, rows, plan)
     demo_passkey.show(output, searches)
     output.print(f"\n{seconds:.0f} s")
-    output.json(
-        _result(options, plan, stock, rows, seconds)
-        | {"passkey": [search.as_dict() for search in searches]}
-    )
+    result = _result(options, plan, stock, rows, seconds)
+    result["passkey"] = [search.as_dict() for search in searches]
+    output.json(result)
+    if specimen is not None:
+        from kvpolicy.cli.demo_page import document
+
+        write_pages(options, document(result, specimen, _legend(plan)), output)
     return FAILED if any(row.differences for row in rows) else 0
 
 
@@ -127,6 +139,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help=f"windows of {WINDOW_TOKENS} tokens for perplexity (default: 8)",
     )
+    add_pages(parser)
     return parser
 
 

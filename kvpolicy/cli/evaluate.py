@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any, TypeAlias
 
 from kvpolicy.cli.arguments import (
+    add_budgets,
     add_policies,
     command_parser,
     positive,
@@ -15,6 +16,7 @@ from kvpolicy.cli.arguments import (
     with_budgets,
 )
 from kvpolicy.cli.output import Output
+from kvpolicy.cli.pages import add_pages, page_output, write_pages
 from kvpolicy.cli.source import add_source, load_model, read_text
 from kvpolicy.errors import PolicyError
 from kvpolicy.evaluation.sample import Sample, digest_of
@@ -22,9 +24,11 @@ from kvpolicy.evaluation.source import Source
 from kvpolicy.evaluation.task import Task
 from kvpolicy.evaluation.tasks import TASKS, tasks_with
 from kvpolicy.ledger import SEMANTICS
+from kvpolicy.page import require_matplotlib
 from kvpolicy.policy import CachePolicy
 
 # Types of modules that load tensor libraries: this one is imported for `--help` too.
+Checkpoint: TypeAlias = Any
 ClosedLoop: TypeAlias = Any
 Evaluation: TypeAlias = Any
 
@@ -32,7 +36,7 @@ EXAMPLES = """
   kvpolicy eval --policy window:budget=128 h2o:budget=128
   kvpolicy eval --policy tova:budget=256 --context 2048 --text book.txt --json result.json
   kvpolicy eval --policy window h2o tova --budgets 32,64,128,256 --plot ppl.svg --resume cells.jsonl
-  kvpolicy eval --task passkey --policy h2o:budget=256 --context 512,1024,2048
+  kvpolicy eval --task passkey --policy h2o:budget=256 --context 512,1024,2048 --html passkey.html
   kvpolicy eval --task recall --question unseen --policy snapkv:budget=256 --pairs 32
   kvpolicy eval --task reuse --policy window:budget=512 h2o:budget=512 --context 2048
 """
@@ -52,16 +56,18 @@ def run(arguments: Sequence[str]) -> int:
         raise PolicyError("--plot draws quality against budget, and no policy has one; add one")
     require("transformers")
     text = read_text(options)
-    output = Output(
-        options.json,
+    if options.plot:
+        require_matplotlib()
+    output = page_output(
+        options,
         inputs=[options.text],
         others=[options.resume, options.csv, options.plot],
     )
     try:
-        evaluation, host = _evaluate(options, task, policies, text, output)
+        evaluation, checkpoint = _evaluate(options, task, policies, text, output)
     except ValueError as error:
         parser.error(str(error))
-    _report(options, evaluation, host, output)
+    _report(options, evaluation, checkpoint, output)
     return 0
 
 
@@ -95,12 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="samples of each context; ppl: at most, as the text allows (default: 20)",
     )
-    parser.add_argument(
-        "--budgets",
-        type=sizes(),
-        metavar="N,N",
-        help="complete policies that lack a budget with each of these",
-    )
+    add_budgets(parser)
     parser.add_argument(
         "--question",
         choices=("seen", "unseen"),
@@ -125,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--csv", metavar="FILE", help="write figures and curves as a table")
     parser.add_argument("--plot", metavar="FILE", help="draw quality against budget, as SVG")
+    add_pages(parser)
     return parser
 
 
@@ -175,7 +177,7 @@ def _evaluate(
     policies: Sequence[CachePolicy],
     text: str,
     output: Output,
-) -> tuple[Evaluation, ClosedLoop]:
+) -> tuple[Evaluation, Checkpoint]:
     """Load the model, make the samples and run them."""
     from kvpolicy.evaluation.cells import CellFile, Cells
     from kvpolicy.evaluation.result import Evaluation as Found
@@ -195,7 +197,7 @@ def _evaluate(
     with output.progress() as steps:
         advance = steps.begin(task.name, tokens * len(policies), "tokens")
         runs = evaluate(host, samples, policies, cells, advance)
-    return Found(task, samples, runs), host
+    return Found(task, samples, runs), checkpoint
 
 
 def _settings(
@@ -219,12 +221,14 @@ def _settings(
 
 
 def _report(
-    options: argparse.Namespace, evaluation: Evaluation, host: ClosedLoop, output: Output
+    options: argparse.Namespace, evaluation: Evaluation, checkpoint: Checkpoint, output: Output
 ) -> None:
     """Print the tables and write what else was asked for."""
     from kvpolicy.cli.evaluate_report import WIDE, legend, plot, tables
     from kvpolicy.evaluation.result import question_of
+    from kvpolicy_hf.closed_loop import ClosedLoop as Transformers
 
+    host = Transformers(checkpoint.model)
     longest, question = max(evaluation.samples), getattr(evaluation.task, "question", None)
     prompt = max(sample.prompt_tokens for sample in evaluation.samples[longest])
     policies = [run.policy for run in evaluation.runs]
@@ -261,3 +265,10 @@ def _report(
     if options.plot:
         output.write(options.plot, plot(evaluation))
         output.print(f"wrote {options.plot}")
+    if options.html or options.png:
+        from kvpolicy.cli.evaluate_page import document, examine
+
+        with output.progress() as steps:
+            specimen = examine(checkpoint, evaluation, steps)
+        name = options.model or "bundled"
+        write_pages(options, document(evaluation, taken, name, specimen), output)

@@ -6,9 +6,10 @@ from rich.table import Table
 
 from kvpolicy.cli.output import by_budget, figure, size, table
 from kvpolicy.evaluation.plot import Axes, Point, Series, draw
-from kvpolicy.evaluation.result import Comparison, Evaluation, Place, budget_of, series_of
+from kvpolicy.evaluation.result import Comparison, Evaluation, Place
 from kvpolicy.evaluation.run import Run
 from kvpolicy.policy import CachePolicy
+from kvpolicy.series import budget_of, series_of
 
 WIDE = 112
 """Columns of text that whole tables take."""
@@ -86,15 +87,15 @@ def _policies(
     full = evaluation.runs[0]
     columns: dict[str, Callable[[Run], str]] = {
         "bytes": lambda run: size(taken[run.policy]),
-        evaluation.task.name: lambda run: _value(evaluation, run),
+        evaluation.task.name: lambda run: shown_value(evaluation, run),
         "against full": lambda run: (
-            "-" if run is full else _interval(evaluation, evaluation.compare(run, full))
+            "-" if run is full else shown_interval(evaluation, evaluation.compare(run, full))
         ),
-        "sinks": lambda run: _beside_sinks(evaluation, run),
+        "sinks": lambda run: beside_sinks(evaluation, run),
         "KL": lambda run: figure(evaluation.kl(run), 4),
         "top-1": lambda run: figure(100 * evaluation.agreement(run), 1) + " %",
         "differs": lambda run: figure(evaluation.first_divergence(run), 0),
-        "tokens/s": lambda run: figure(_speed(evaluation, run), 0),
+        "tokens/s": lambda run: figure(speed(evaluation, run), 0),
     }
     hidden = {"bytes", "differs", "tokens/s"} if is_narrow else set[str]()
     shown = {name: show for name, show in columns.items() if name not in hidden}
@@ -104,41 +105,40 @@ def _policies(
     return rows
 
 
-def _speed(evaluation: Evaluation, run: Run) -> float | None:
+def speed(evaluation: Evaluation, run: Run) -> float | None:
     """Tokens per second; None of a run whose time is not known."""
     return evaluation.num_processed / run.seconds if run.seconds else None
 
 
 def _curve(evaluation: Evaluation, places: Sequence[Place]) -> Table:
     """The task's figure by group, one line per policy."""
-    heads = [_range(*group) for _, group in places]
+    heads = [shown_range(*group) for _, group in places]
     rows = table("policy", *heads)
     for run in evaluation.runs:
-        rows.add_row(str(run.policy), *(_value(evaluation, run, place) for place in places))
+        rows.add_row(str(run.policy), *(shown_value(evaluation, run, place) for place in places))
     return rows
 
 
 def _sweep(evaluation: Evaluation, *, is_narrow: bool) -> Iterator[Table | str]:
     """Tables with a line per series of policies and a column per budget."""
-    full, lines = evaluation.runs[0], _lines(evaluation)
+    full, by_series = evaluation.runs[0], lines(evaluation)
     contents: dict[str, Callable[[Run], str]] = {
-        evaluation.task.title: lambda run: _value(evaluation, run),
-        "against full": lambda run: _interval(evaluation, evaluation.compare(run, full)),
-        "against sinks": lambda run: _beside_sinks(evaluation, run),
+        evaluation.task.title: lambda run: shown_value(evaluation, run),
+        "against full": lambda run: shown_interval(evaluation, evaluation.compare(run, full)),
+        "against sinks": lambda run: beside_sinks(evaluation, run),
         "KL from the full cache, nats": lambda run: figure(evaluation.kl(run), 4),
     }
     for title, show in contents.items():
         if is_narrow and title.startswith("against"):
             continue
         yield title
-        yield by_budget(lines, show, show(full) if title == evaluation.task.title else None)
+        yield by_budget(by_series, show, show(full) if title == evaluation.task.title else None)
         yield ""
 
 
-def plot(evaluation: Evaluation) -> str:
-    """Draw quality against budget, the full cache as reference; some policy has a budget."""
+def quality(evaluation: Evaluation) -> tuple[Axes, list[Series], tuple[str, float]]:
+    """Quality against budget, the full cache as reference; some policy has a budget."""
     task, full = evaluation.task, evaluation.runs[0]
-    lines = _lines(evaluation)
     series = [
         Series(
             label,
@@ -147,7 +147,7 @@ def plot(evaluation: Evaluation) -> str:
                 for budget in sorted(runs)
             ],
         )
-        for label, runs in lines.items()
+        for label, runs in lines(evaluation).items()
     ]
     is_share = task.measure != "perplexity"
     axes = Axes(
@@ -157,32 +157,43 @@ def plot(evaluation: Evaluation) -> str:
         y="%" if is_share else "perplexity",
         percent=is_share,
     )
-    return draw(axes, series, ("full", evaluation.value(full)))
+    return axes, series, ("full", evaluation.value(full))
 
 
-def _lines(evaluation: Evaluation) -> dict[str, dict[int, Run]]:
+def plot(evaluation: Evaluation) -> str:
+    """Draw quality against budget, as SVG; some policy has a budget.
+
+    Raises:
+        UnsupportedError: There is nothing to draw with.
+    """
+    return draw(*quality(evaluation))
+
+
+def lines(evaluation: Evaluation) -> dict[str, dict[int, Run]]:
     """Policies with a budget, by what they have in common, then by budget."""
-    lines: dict[str, dict[int, Run]] = {}
+    found: dict[str, dict[int, Run]] = {}
     for run in evaluation.runs:
         budget = budget_of(run.policy)
         if budget:
-            lines.setdefault(series_of(run.policy), {})[budget] = run
-    return lines
+            found.setdefault(series_of(run.policy), {})[budget] = run
+    return found
 
 
-def _value(evaluation: Evaluation, run: Run, place: Place | None = None) -> str:
+def shown_value(evaluation: Evaluation, run: Run, place: Place | None = None) -> str:
+    """The task's figure, over all samples or in one place."""
     value = evaluation.value(run, place)
     if evaluation.task.measure == "perplexity":
         return figure(value)
     return figure(100 * value, 0) + " %"
 
 
-def _beside_sinks(evaluation: Evaluation, run: Run) -> str:
+def beside_sinks(evaluation: Evaluation, run: Run) -> str:
+    """The interval of a run beside sinks at its budget; a dash without such."""
     sinks = evaluation.sinks_beside(run)
-    return "-" if sinks is None else _interval(evaluation, evaluation.compare(run, sinks))
+    return "-" if sinks is None else shown_interval(evaluation, evaluation.compare(run, sinks))
 
 
-def _interval(evaluation: Evaluation, found: Comparison) -> str:
+def shown_interval(evaluation: Evaluation, found: Comparison) -> str:
     """A comparison's interval; its value where there is a single sample."""
     is_ratio = evaluation.task.measure == "perplexity"
     ends = found.interval or (found.value,)
@@ -191,7 +202,7 @@ def _interval(evaluation: Evaluation, found: Comparison) -> str:
     return " .. ".join(f"{100 * end:+.0f}" for end in ends)
 
 
-def _range(low: float, high: float) -> str:
+def shown_range(low: float, high: float) -> str:
     """A group's name: its range, or its number if it holds one."""
     if high == low + 1:
         return f"{low:g}"

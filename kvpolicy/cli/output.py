@@ -30,15 +30,21 @@ T = TypeVar("T")
 PIPED_WIDTH = 120
 
 
-def require_targets(targets: Sequence[str | None], inputs: Sequence[str | None] = ()) -> None:
+def require_targets(
+    targets: Sequence[str | None],
+    inputs: Sequence[str | None] = (),
+    folders: Sequence[str | None] = (),
+) -> None:
     """Refuse files that cannot be written, before any work is done.
 
     Args:
         targets: Files to be written; None where there is none.
         inputs: Files that are read.
+        folders: Folders to be filled, and made where they are missing.
 
     Raises:
-        PolicyError: A target has no folder, is one, is an input, or is named twice.
+        PolicyError: A target has no folder, is one, is an input, or is named twice; or a folder
+            cannot be made.
     """
     taken = {Path(name).resolve(): "is read by this command" for name in inputs if name}
     for name in targets:
@@ -53,6 +59,14 @@ def require_targets(targets: Sequence[str | None], inputs: Sequence[str | None] 
         if reason is not None:
             raise PolicyError(f"cannot write {name!r}: it {reason}; choose another file")
         taken[path] = "is written twice"
+    for name in folders:
+        path = Path(name).resolve() if name else None
+        if path is None:
+            continue
+        if path in taken or not (path if path.exists() else path.parent).is_dir():
+            raise PolicyError(
+                f"cannot fill {name!r}: it is no folder and cannot become one; choose another"
+            )
 
 
 class Output:
@@ -62,6 +76,7 @@ class Output:
         json_target: The ``--json`` option: a file, ``-`` for stdout, or None.
         inputs: Files that the command reads and must not overwrite.
         others: Further files that it writes.
+        folders: Folders that it fills.
 
     Raises:
         PolicyError: A file cannot be written where it is asked for.
@@ -73,8 +88,9 @@ class Output:
         *,
         inputs: Sequence[str | None] = (),
         others: Sequence[str | None] = (),
+        folders: Sequence[str | None] = (),
     ) -> None:
-        require_targets([None if json_target == "-" else json_target, *others], inputs)
+        require_targets([None if json_target == "-" else json_target, *others], inputs, folders)
         self._target = json_target
         width = None if sys.stdout.isatty() else PIPED_WIDTH
         self.console = Console(quiet=json_target == "-", width=width, highlight=False)

@@ -3,12 +3,26 @@
 import argparse
 import os
 from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from rich.table import Table
 
-from kvpolicy.cli.arguments import add_policies, command_parser, indices, positive, with_baselines
+from kvpolicy.bundled import bundled_model
+from kvpolicy.cli.arguments import (
+    add_budgets,
+    add_policies,
+    command_parser,
+    indices,
+    positive,
+    require,
+    with_baselines,
+    with_budgets,
+)
 from kvpolicy.cli.output import Output, figure, size, table
+from kvpolicy.cli.pages import add_pages, page_output, write_pages
+from kvpolicy.passage import Passage
 from kvpolicy.trace import Trace
 
 # The simulator's types: this package may import it only inside functions.
@@ -16,6 +30,7 @@ Report: TypeAlias = Any
 
 EXAMPLES = """
   kvpolicy replay t.kvtrace --policy window:budget=256 h2o:budget=256 --html report.html
+  kvpolicy replay t.kvtrace --policy h2o tova --budgets 64,128,256 --oracle --html r.html --png r
   kvpolicy replay t.kvtrace --policy h2o:budget=128 --layers 0,4:8 --oracle
   kvpolicy replay t.kvtrace --policy fam:block=64,segments=2,level=model --weights path/to/model
   kvpolicy replay t.kvtrace --policy mymodule.Mine:budget=64 --level open-loop --json -
@@ -35,18 +50,25 @@ CAVEAT = (
 def run(arguments: Sequence[str]) -> int:
     """Replay a trace."""
     options = _parser().parse_args(arguments)
-    policies = with_baselines(options.policy)
-    output = Output(options.json, inputs=[options.trace], others=[options.html])
+    policies = with_baselines(with_budgets(options.policy, options.budgets or ()))
+    output = page_output(options, inputs=[options.trace])
     with Trace.open(options.trace) as trace:
+        passage = _passage(options, trace) if options.html else None
         report = _replay(options, trace, policies, output)
     if report is None:
         return 0
     output.print(results_table(report.as_dict()["results"], is_narrow=output.width < WIDE))
     output.print("\n" + CAVEAT.format(level=options.level))
     output.json(report.as_dict())
-    if options.html:
-        report.to_html(options.html)
-        output.print(f"wrote {options.html}")
+    if options.html or options.png:
+        from kvpolicy_sim.page.html import document
+
+        write_pages(options, document(report, passage), output)
+        if options.html and passage is None:
+            output.print(
+                "the page shows no text: the trace has no token ids, or was made with a tokenizer "
+                "that --tokenizer did not name"
+            )
     return 0
 
 
@@ -59,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("trace", metavar="T.kvtrace", help="a trace, from `kvpolicy capture`")
     add_policies(parser)
+    add_budgets(parser)
     parser.add_argument(
         "--level",
         choices=LEVELS,
@@ -76,7 +99,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder of the traced model, for policies that need its layers (fam:level=model)",
     )
-    parser.add_argument("--html", metavar="FILE", help="write a page with pictures")
+    add_pages(parser)
+    parser.add_argument(
+        "--tokenizer",
+        metavar="FILE",
+        help="tokenizer.json of the traced model, or its folder, to show the text on the page "
+        "(default: the bundled model's, of its own traces)",
+    )
     parser.add_argument(
         "--no-outputs", action="store_true", help="do not compare attention outputs: half the work"
     )
@@ -88,6 +117,20 @@ def _parser() -> argparse.ArgumentParser:
         "--dry-run", action="store_true", help="print the estimate of memory and time, and stop"
     )
     return parser
+
+
+def _passage(options: argparse.Namespace, trace: Trace) -> Passage | None:
+    """The text of the first sequence, if the trace has it and its tokenizer is known."""
+    from kvpolicy_sim.support import choose_sequences
+    from kvpolicy_sim.text import read_passage, tokenizer_hash
+
+    named = Path(options.tokenizer or bundled_model())
+    file = named / "tokenizer.json" if named.is_dir() else named
+    if options.tokenizer is not None:
+        require("tokenizers")
+    elif tokenizer_hash(file) != trace.header.tokenizer or not find_spec("tokenizers"):
+        return None
+    return read_passage(trace, choose_sequences(trace, options.sequences)[0].index, file)
 
 
 def _replay(

@@ -17,7 +17,7 @@ from kvpolicy.evaluation.statistics import Ratio
 from kvpolicy.evaluation.task import Measure, Question, Task
 from kvpolicy.evaluation.tasks import TASKS
 from kvpolicy.policy import CachePolicy
-from kvpolicy.spec import split_spec
+from kvpolicy.series import budget_of, series_of
 
 Interval = tuple[float, float]
 
@@ -238,19 +238,6 @@ def _term(what: What, target: Target, measured: Measured, index: int) -> tuple[f
             return measured.kl[index], target.size
         case "agreement":
             return measured.agreed[index], target.size
-
-
-def budget_of(policy: CachePolicy) -> int | None:
-    """The policy's budget, if it has one."""
-    return getattr(policy, "budget", None)
-
-
-def series_of(policy: CachePolicy) -> str:
-    """A policy's spec without its budget: what points at several budgets have in common."""
-    name, parameters = split_spec(str(policy))
-    # Policies of blocks print segments, which their budget implies.
-    items = [f"{k}={v}" for k, v in parameters.items() if k not in ("budget", "segments")]
-    return f"{name}:{','.join(items)}" if items else name
 
 
 def question_of(policy: CachePolicy, question: Question) -> Question:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from kvpolicy import SEMANTICS, CachePolicy, PolicyError, parse
+from kvpolicy.passage import Passage
 from kvpolicy.trace import Header
 from kvpolicy.trace import Sequence as TracedSequence
 from kvpolicy_sim.result import LayerResult, PolicyResult
@@ -126,8 +127,28 @@ class Report:
             "results": [result.as_dict(self.level) for result in self.results.values()],
         }
 
-    def to_html(self, path: str | Path) -> None:
-        """Write the report as one self-contained page with pictures."""
-        from kvpolicy_sim.page.html import write_html
+    def to_html(self, path: str | Path, passage: Passage | None = None) -> None:
+        """Write the report as one self-contained page with pictures.
 
-        write_html(self, Path(path))
+        Args:
+            path: The page.
+            passage: The text of the first sequence replayed, to be shown as policies hold it.
+
+        Raises:
+            OSError: The file cannot be written.
+            UnsupportedError: There is nothing to draw with.
+        """
+        from kvpolicy_sim.page.html import document
+
+        document(self, passage).write_html(Path(path))
+
+    def to_png(self, folder: str | Path) -> list[Path]:
+        """Write the pictures of the page as PNG files into a folder; gives their paths.
+
+        Raises:
+            OSError: The folder or a file cannot be written.
+            UnsupportedError: There is nothing to draw with.
+        """
+        from kvpolicy_sim.page.html import document
+
+        return document(self).write_pictures(Path(folder))

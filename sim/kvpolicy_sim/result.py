@@ -339,6 +339,7 @@ class PolicyResult:
             "bytes_kept": _mean(ledger.bytes_held for ledger in ledgers),
             "bytes_at_peak": peak,
             "slot_equivalents": peak / (layers * len(self.header.kv_heads) * self._cell_bytes),
+            "ledgers": [ledger.as_dict() for ledger in ledgers],
             "seconds": self.seconds,
             "steps_per_second": tokens / self.seconds if self.seconds else None,
         }

@@ -11,8 +11,9 @@ from kvpolicy.bundled import heldout_text
 from kvpolicy.cli import main
 from kvpolicy.cli.demo import NEW_TOKENS, PROMPT_TOKENS, differences, make_passages
 from kvpolicy.cli.demo_passkey import Search, show
-from kvpolicy.cli.highlight import Passage, highlight, kept_shares
+from kvpolicy.cli.highlight import highlight
 from kvpolicy.cli.output import Output
+from kvpolicy.passage import Passage, kept_shares
 from kvpolicy_hf.greedy import GreedyRun
 from kvpolicy_vllm.trial import Generation, Speed
 

@@ -264,7 +264,7 @@ def test_a_sweep_prints_policies_by_budget_and_writes_its_files(
     by_policy = {entry["policy"]: entry for entry in entries}
     assert lines[4].split()[1] == f"{by_policy['h2o:budget=16']['ppl']:.2f}"
     assert "h2o:budget=32" in Path(files[0]).read_text("utf-8")
-    assert ">h2o</text>" in Path(files[1]).read_text("utf-8")
+    assert Path(files[1]).read_text("utf-8").startswith("<?xml")
 
 
 def test_a_resumed_evaluation_gives_the_same_figures(

@@ -10,11 +10,12 @@ import pytest
 from fixtures.evaluations import Table, ones
 from kvpolicy import parse
 from kvpolicy.evaluation.measured import Measured
-from kvpolicy.evaluation.result import Evaluation, question_of, series_of
+from kvpolicy.evaluation.result import Evaluation, question_of
 from kvpolicy.evaluation.run import Run, evaluate
 from kvpolicy.evaluation.tasks.passkey import Passkey
 from kvpolicy.evaluation.tasks.ppl import Perplexity
 from kvpolicy.evaluation.tasks.reuse import Reuse
+from kvpolicy.series import series_of
 
 CHANCES = {
     "full": [0.9, 0.8, 0.7, 0.95, 0.6],

@@ -1,9 +1,5 @@
 """The pieces of a page: binned arrays, pictures, scales, labels, numbers."""
 
-import re
-import struct
-import zlib
-from base64 import b64decode
 from itertools import pairwise
 
 import numpy as np
@@ -14,14 +10,20 @@ from hypothesis import strategies as st
 from fixtures.reports import Dimensions, evictions, random_report
 from kvpolicy import parse
 from kvpolicy.axes import round_ticks, spread
-from kvpolicy_sim.page import png
-from kvpolicy_sim.page.charts import heat_map, labelled
-from kvpolicy_sim.page.keys import keys_of
-from kvpolicy_sim.page.markup import NOTHING, element, figure, size
-from kvpolicy_sim.page.sections import OPACITY, opacity_levels
-from kvpolicy_sim.page.series import mass_over_time, median_place, retention_map, similarity
+from kvpolicy.page.canvas import plain
+from kvpolicy.page.charts import labelled
+from kvpolicy.page.keys import keys_of, series_keys
+from kvpolicy.page.markup import NOTHING, element, figure, size
+from kvpolicy.page.panels import Grid, Panel, held_maps
+from kvpolicy.page.themes import LIGHT
+from kvpolicy_sim.page.series import (
+    mass_over_time,
+    median_place,
+    retention_map,
+    similarity,
+    spans,
+)
 from kvpolicy_sim.statistics import is_retained, jaccard
-from strategies import SEEDS
 
 SPECS = ("full", "window:budget=40", "h2o:budget=40", "tova:budget=64")
 
@@ -55,7 +57,7 @@ def test_short_sequences_are_drawn_token_by_token():
 def test_mass_over_time_is_a_mean_of_steps():
     """Bins average steps over layers, heads, and the sequences that reach them."""
     report = random_report(SPECS, Dimensions(tokens=(240, 70)), extras=False)
-    over_time = mass_over_time(report)
+    over_time = mass_over_time(report, [*report.results.values()])
     assert over_time.tokens[[0, -1]].tolist() == [1.5, 239.5]
     for row, result in zip(over_time.mass, report.results.values(), strict=True):
         long, short = (
@@ -69,7 +71,11 @@ def test_mass_over_time_is_a_mean_of_steps():
 def test_mass_over_time_of_sampled_queries_spans_all_tokens():
     """With every third query, the curve still ends at the last of them."""
     report = random_report(SPECS, Dimensions(stride=3), extras=False)
-    assert mass_over_time(report).tokens[[0, 1, -1]].tolist() == [1, 4, 199]
+    assert mass_over_time(report, [*report.results.values()]).tokens[[0, 1, -1]].tolist() == [
+        1,
+        4,
+        199,
+    ]
 
 
 def test_similarity_is_the_mean_jaccard():
@@ -84,53 +90,37 @@ def test_similarity_is_the_mean_jaccard():
             assert value == pytest.approx(np.mean(plain))
 
 
-def test_opacity_tells_unseen_evicted_and_held_apart():
-    """Level 0 is for tokens to come, 1 for evicted ones; a single one of 64 held is more."""
+def test_maps_tell_unseen_evicted_and_held_apart():
+    """Paper is for tokens to come, one grey for evicted ones; one of 64 held is far from it."""
     shares = np.array([[np.nan, 0.0, 1 / 64, 0.5, 1.0]])
-    assert opacity_levels(shares).tolist() == [[0, 1, 3, 11, 15]]
-    assert (np.diff(OPACITY) > 0).all()
-    assert len(OPACITY) == png.LEVELS
+    drawing = held_maps(LIGHT, [Panel(series_keys(["h2o"])[0], shares)], Grid("x", "y"))
+    image = drawing.axes[0].images[0]
+    colours = image.cmap(image.norm(np.ma.masked_invalid(shares)))[0, :, :3]
+    written = ["#" + "".join(f"{round(255 * x):02x}" for x in colour) for colour in colours]
+    assert written[:2] == [LIGHT.paper, LIGHT.gone]
+    assert written[4] == LIGHT.held[1]
+    assert len({*written}) == 5
 
 
-def test_cells_darken_with_the_root_of_a_loss():
-    """A quarter of the largest loss has half its shade."""
-    heat = heat_map(np.array([[0.0, 0.1, 0.4]]), 0.4, [["a", "b", "c"]])
-    assert re.findall(r"--q:([\d.]+)", heat) == ["0.00", "0.50", "1.00"]
+@given(st.sets(st.integers(0, 60)))
+def test_spans_are_the_positions_in_runs(positions):
+    """Runs give the positions back, and no two of them touch."""
+    found = spans(np.array(sorted(positions), np.int64))
+    assert [p for a, b in found for p in range(a, b + 1)] == sorted(positions)
+    assert all(b + 1 < c for (_, b), (c, _) in pairwise(found))
+
+
+def test_names_in_pictures_are_short_and_plain():
+    """What the font may lack is replaced, and long names end in dots."""
+    assert plain("h2o:note=\u6f22\n$x$") == "h2o:note=??$x$"
+    assert len(plain("x" * 100)) == 34
+    assert plain("x" * 100).endswith("x...")
 
 
 def test_median_place_is_in_the_middle():
     """As many values are smaller as are larger; of two in the middle it is the smaller."""
     assert median_place(np.array([[5.0, 1.0, 4.0], [2.0, 3.0, 6.0]])) == (1, 1)
     assert median_place(np.array([[5.0]])) == (0, 0)
-
-
-@given(st.integers(1, 40), st.integers(1, 40), SEEDS)
-def test_picture_is_a_png_that_gives_the_levels_back(height, width, seed):
-    """The PNG's checksums hold and its pixels are the levels, at odd widths too."""
-    levels = np.random.default_rng(seed).integers(0, png.LEVELS, (height, width))
-    chunks = png_chunks(png.data_uri(levels, np.linspace(0, 1, png.LEVELS)))
-    assert list(chunks) == [b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"]
-    assert struct.unpack(">IIBBBBB", chunks[b"IHDR"]) == (width, height, 4, 3, 0, 0, 0)
-    assert chunks[b"PLTE"] == bytes(48)
-    assert list(chunks[b"tRNS"]) == list(range(0, 256, 17))
-    rows = np.frombuffer(zlib.decompress(chunks[b"IDAT"]), np.uint8).reshape(height, -1)
-    assert not rows[:, 0].any()
-    pixels = np.stack([rows[:, 1:] >> 4, rows[:, 1:] & 15], axis=-1).reshape(height, -1)
-    np.testing.assert_array_equal(pixels[:, :width], levels)
-
-
-def png_chunks(uri):
-    """Chunks of a PNG by kind; their checksums must hold."""
-    data = b64decode(uri.removeprefix("data:image/png;base64,"))
-    assert data[:8] == b"\x89PNG\r\n\x1a\n"
-    chunks, at = {}, 8
-    while at < len(data):
-        end = at + 8 + int.from_bytes(data[at : at + 4])
-        kind, body = data[at + 4 : at + 8], data[at + 8 : end]
-        assert int.from_bytes(data[end : end + 4]) == zlib.crc32(kind + body)
-        chunks[kind] = body
-        at = end + 4
-    return chunks
 
 
 @given(st.lists(st.floats(0, 1), max_size=30), st.floats(0.01, 0.2))
@@ -166,6 +156,20 @@ def test_policies_are_told_apart_without_colours():
     assert len({(key.colour, key.dash) for key in keys}) == len(keys)
     assert len({key.dash for key in keys[1:7]}) == 6
     assert keys_of([parse("h2o:budget=64")])[0].label == "h2o:budget=64"
+
+
+def test_lines_that_join_budgets_are_told_apart():
+    """Up to twelve kinds of policy have lines of their own, without numbers."""
+    keys = series_keys([f"h2o:sinks={n}" for n in range(12)])
+    assert len({(key.colour, key.dash) for key in keys}) == 12
+    assert keys[3].short == "h2o:sinks=3"
+
+
+def test_budgets_of_one_policy_share_a_colour():
+    """A sweep has a colour per kind of policy and a dash per budget."""
+    keys = keys_of([parse(f"{n}:budget={b}") for b in (32, 64, 128) for n in ("h2o", "tova")])
+    assert [key.colour for key in keys] == ["c0", "c1"] * 3
+    assert len({(key.colour, key.dash) for key in keys}) == len(keys)
 
 
 def test_custom_policies_go_by_their_class():

@@ -15,7 +15,7 @@ from kvpolicy import UnsupportedError, parse
 from kvpolicy.trace import Trace
 from kvpolicy_sim import layerwise
 from kvpolicy_sim.estimate import estimate
-from kvpolicy_sim.page.html import page
+from kvpolicy_sim.page.html import document
 from kvpolicy_sim.recommend import recommend
 from strategies import SEEDS, prompt_specs
 
@@ -197,6 +197,6 @@ def test_budgets_of_bulk_policies_are_recommended(path):
 
 def test_the_page_marks_where_prompts_end(report):
     """A page of these policies has every section, and says where evictions begin."""
-    root = parse_page(page(report))
+    root = parse_page(document(report).html())
     assert "a bulk prompt ends" in root.text
     assert all(spec in root.text for spec in ("prefill=bulk", "protect=prompt"))

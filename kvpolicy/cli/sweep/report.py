@@ -12,8 +12,8 @@ from kvpolicy.cli.output import Output, by_budget, count, figure, table
 from kvpolicy.cli.replay import CAVEAT, regret_interval, results_table
 from kvpolicy.cli.sweep.summary import EvalFound, ReplayFound, Summary
 from kvpolicy.evaluation.plot import Axes, Point, Series, draw
-from kvpolicy.evaluation.result import budget_of, series_of
 from kvpolicy.registry import parse
+from kvpolicy.series import budget_of, series_of
 
 Result = dict[str, Any]
 

@@ -1,16 +1,17 @@
-"""The tables of a page: what each policy cost, marked spans, similarity of final sets.
+"""The tables of a replay's page: what each policy cost, and marked spans.
 
-Axes: H_kv KV heads, P policies.
+Axes: H_kv KV heads.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from kvpolicy_sim.page.keys import Key
-from kvpolicy_sim.page.markup import Markup, element, figure, interval, is_number, size
+from kvpolicy.page.keys import Key
+from kvpolicy.page.markup import Markup, element, figure, interval, is_number, size
+from kvpolicy.page.tables import grouped_table
 from kvpolicy_sim.result import PolicyResult
 
 Entry = dict[str, Any]
@@ -75,26 +76,26 @@ class Column:
     def cell(self, row: Row, *, is_best: bool) -> Markup:
         """The figure of a policy, as the table has it."""
         shown, below = self.show(self.value(row)), self.below(row.entry)
-        star = element("span", "★", class_="star", title="best")
+        star = element("span", "★", class_="star", role="img", aria_label="best:", title="best")
         value = element("b", star, shown) if is_best else shown
         return element("td", value, *([element("small", below)] if below else []))
 
-    def winners(self, rows: Sequence[Row]) -> set[int]:
-        """Numbers of the policies that are best among those with their budget.
+    def winners(self, rows: Sequence[Row]) -> set[str]:
+        """Specs of the policies that are best among those with their budget.
 
         Policies whose figures look alike share a place; if all do, there is no best one.
         """
-        found: set[int] = set()
+        found: set[str] = set()
         if self.best is None:
             return found
         for budget in {row.result.budget for row in rows if row.evicts}:
             values = {
-                row.key.number: value
+                row.key.spec: value
                 for row in rows
                 if row.result.budget == budget and is_number(value := self.value(row))
             }
             best = self.show(self.best([*values.values()])) if values else ""
-            first = {number for number, value in values.items() if self.show(value) == best}
+            first = {spec for spec, value in values.items() if self.show(value) == best}
             found |= first if len(first) < len(values) else set()
         return found
 
@@ -108,14 +109,15 @@ def policy_table(rows: Sequence[Row]) -> Markup:
             "tr",
             element("th", row.key.full_name(), scope="row"),
             *(
-                column.cell(row, is_best=row.key.number in best)
+                column.cell(row, is_best=row.key.spec in best)
                 for column, best in zip(columns, winners, strict=True)
             ),
             class_=None if row.evicts else "full",
         )
         for row in rows
     )
-    return _table([(column.group, column.title) for column in columns], body)
+    titles = [(column.group, column.title) for column in columns]
+    return grouped_table("Replay of every policy", "policy", titles, body)
 
 
 def mark_table(rows: Sequence[Row]) -> Markup:
@@ -134,46 +136,8 @@ def mark_table(rows: Sequence[Row]) -> Markup:
         )
         for row in rows
     )
-    return _table([(name, title) for name in names for title in titles], body)
-
-
-def similarity_table(keys: Sequence[Key], values: np.ndarray) -> Markup:
-    """Jaccard similarity [P, P] of every pair of policies, once."""
-    rows = [
-        element(
-            "tr",
-            element("th", key.name(), scope="row"),
-            *(
-                element("td", figure(value, 2), style=f"--q:{value:.2f}")
-                for value in values[index, :index].tolist()
-            ),
-        )
-        for index, key in enumerate(keys)
-    ]
-    numbers = (
-        element("th", element("b", str(key.number)), scope="col", title=key.spec)
-        for key in keys[:-1]
-    )
-    head = element("thead", element("tr", element("td"), *numbers))
-    table = element("table", head, element("tbody", *rows), class_="similarity")
-    return element("div", table, class_="wide")
-
-
-def _table(columns: Iterable[tuple[str, str]], body: Iterable[Markup]) -> Markup:
-    """A table with two lines of headings: groups, and what they consist of."""
-    groups: dict[str, list[str]] = {}
-    for group, title in columns:
-        groups.setdefault(group, []).append(title)
-    upper = (element("th", g, scope="colgroup", colspan=len(t)) for g, t in groups.items())
-    lower = (element("th", title, scope="col") for titles in groups.values() for title in titles)
-    head = element(
-        "thead",
-        element("tr", element("th", "policy", scope="col", rowspan=2), *upper),
-        element("tr", *lower),
-    )
-    spans = (element("colgroup", span=len(titles)) for titles in groups.values())
-    table = element("table", element("colgroup"), *spans, head, element("tbody", *body))
-    return element("div", table, class_="wide")
+    columns = [(name, title) for name in names for title in titles]
+    return grouped_table("Attention on marked spans", "policy", columns, body)
 
 
 def _digits(digits: int, factor: float = 1.0) -> Callable[[float | None], str]:

@@ -8,7 +8,15 @@ from typing import TypeGuard
 NOTHING = "\N{EN DASH}"
 """Shown where there is no number."""
 
-_VOID = ("img", "meta", "wbr")
+_VOID = ("img", "meta", "source", "wbr")
+
+_VISIBLE = {
+    code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"
+} | dict.fromkeys(
+    [0x7F, *range(0x80, 0xA0), 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)],
+    "\N{REPLACEMENT CHARACTER}",
+)
+"""What stands for characters that HTML forbids, or that turn the text around them about."""
 
 
 class Markup(str):
@@ -19,7 +27,11 @@ class Markup(str):
 
 def join(children: Iterable[str]) -> Markup:
     """Children one after the other."""
-    return Markup("".join(x if isinstance(x, Markup) else escape(x) for x in children))
+    return Markup("".join(x if isinstance(x, Markup) else _escaped(x) for x in children))
+
+
+def _escaped(text: str) -> str:
+    return escape(text.translate(_VISIBLE))
 
 
 def element(name: str, *children: str, **attributes: object) -> Markup:
@@ -28,11 +40,11 @@ def element(name: str, *children: str, **attributes: object) -> Markup:
     Args:
         name: Its tag.
         children: Text and elements.
-        attributes: None leaves one out; `class_` and `stroke_dasharray` are written `class` and
-            `stroke-dasharray`.
+        attributes: None leaves one out; `class_` and `aria_label` are written `class` and
+            `aria-label`.
     """
     written = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{escape(str(value))}"'
+        f' {key.rstrip("_").replace("_", "-")}="{_escaped(str(value))}"'
         for key, value in attributes.items()
         if value is not None
     )
@@ -59,6 +71,11 @@ def is_number(value: float | None) -> TypeGuard[float]:
 def figure(value: float | None, digits: int = 0) -> str:
     """A number with a fixed number of decimals."""
     return f"{value:,.{digits}f}" if is_number(value) else NOTHING
+
+
+def amount(value: float, digits: int = 1) -> str:
+    """A number of things; with decimals where it is the mean of different numbers."""
+    return figure(value, 0 if float(value).is_integer() else digits)
 
 
 def interval(low: float, high: float, digits: int) -> str:

@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvpolicy import CachePolicy, PolicyError
+from kvpolicy.errors import PolicyError
+from kvpolicy.page.markup import Markup, breakable, element
+from kvpolicy.policy import CachePolicy
+from kvpolicy.series import series_of
 from kvpolicy.spec import split_spec
-from kvpolicy_sim.page.markup import Markup, breakable, element
 
 COLOURS = 7
-"""Classes ``c0``, ``c1``, ... of the style sheet."""
+"""Of lines: ``c0``, ``c1``, ... of the themes and the style sheet."""
 
 DASHES = (None, "9 4", "2 3", "9 3 2 3", "5 3", "14 3 3 3")
 """In pixels; their number has no factor in common with that of the colours."""
@@ -19,14 +21,14 @@ class Key:
     """What a policy goes by.
 
     Attributes:
-        number: Its place in the report, from 1.
+        number: Its place in the report, from 1; None of what is not one policy.
         spec: Its canonical spec.
         label: The spec without what all policies have in common.
-        colour: A class of the style sheet.
+        colour: ``plain``, ``c0``, ``c1``, ...: a class of the style sheet.
         dash: An SVG dash array; None for a solid line.
     """
 
-    number: int
+    number: int | None
     spec: str
     label: str
     colour: str
@@ -39,6 +41,11 @@ class Key:
             "svg", line, class_=f"swatch {self.colour}", viewBox="0 0 28 10", aria_hidden="true"
         )
 
+    @property
+    def short(self) -> str:
+        """Number and label, as pictures and the headings of tables have them."""
+        return self.label if self.number is None else f"{self.number}  {self.label}"
+
     def name(self) -> Markup:
         """Swatch, number and label; the whole spec where a mouse rests."""
         return self._written(self.label, self.spec)
@@ -48,24 +55,50 @@ class Key:
         return self._written(self.spec, None)
 
     def _written(self, text: str, title: str | None) -> Markup:
-        number = element("b", str(self.number))
+        number = [] if self.number is None else [element("b", str(self.number))]
         spec = element("span", breakable(text), class_="spec")
-        return element("span", self.swatch(), number, spec, class_="key", title=title)
+        return element("span", self.swatch(), *number, spec, class_="key", title=title)
 
 
 def keys_of(policies: Sequence[CachePolicy]) -> list[Key]:
-    """A key for every policy; those that keep everything share a plain line."""
+    """A key for every policy; those that keep everything share a plain line.
+
+    Policies that differ in their budgets alone share a colour.
+    """
     evicting = [policy for policy in policies if policy.evicts]
     specs = [_items(str(policy)) for policy in evicting]
     common = set(specs[0]).intersection(*specs) if len(specs) > 1 else set[str]()
+    seen: dict[str, int] = {}
+    places = {
+        series: index for index, series in enumerate(dict.fromkeys(map(series_name, evicting)))
+    }
     keys: list[Key] = []
     for number, policy in enumerate(policies, 1):
         colour, dash = "plain", None
         if policy in evicting:
-            index = evicting.index(policy)
-            colour, dash = f"c{index % COLOURS}", DASHES[index % len(DASHES)]
+            series = series_name(policy)
+            nth = seen[series] = seen.get(series, -1) + 1
+            colour, dash = _line(places[series], nth)
         keys.append(Key(number, str(policy), _label(str(policy), common), colour, dash))
     return keys
+
+
+def series_keys(series: Sequence[str]) -> list[Key]:
+    """Keys of lines that join policies of several budgets."""
+    return [Key(None, name, name, *_line(place, 0)) for place, name in enumerate(series)]
+
+
+def series_name(policy: CachePolicy) -> str:
+    """What a policy has in common with those of other budgets; its spec if that is no spec."""
+    try:
+        return series_of(policy)
+    except PolicyError:
+        return str(policy)
+
+
+def _line(series: int, nth: int) -> tuple[str, str | None]:
+    """Colour and dash of the nth policy of a series."""
+    return f"c{series % COLOURS}", DASHES[(series + nth) % len(DASHES)]
 
 
 def _items(spec: str) -> list[str]:
