@@ -8,6 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 BENCH_VENV := .venv-bench
 RAY_VENV := .venv-ray
+BROWSER_LIBRARY := .venv-browser
 PYTEST_ARGS ?=
 
 # Offline, no telemetry, one torch thread, and a KV pool that fits a small machine.
@@ -24,8 +25,8 @@ RAY_PIP_INSTALL := $(RAY_VENV)/bin/python -m pip $(PIP_OPTIONS)
 OWN_NETWORK := unshare --map-root-user --net --pid --fork --kill-child --mount-proc
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-prometheus test-ray soak lint format bench bench-env \
-	ray-env clean
+.PHONY: help install demo test test-slow test-prometheus test-ray test-browser soak lint format \
+	bench bench-env ray-env clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -52,6 +53,12 @@ test-ray: ray-env ## sweep on a Ray cluster of this machine, in a network of its
 	@$(OWN_NETWORK) true || { echo "cannot make a network namespace: Linux and util-linux's unshare," \
 		"with user namespaces or as root, are needed" >&2; exit 1; }
 	@$(OFFLINE) $(ONE_THREAD) $(OWN_NETWORK) $(RAY_VENV)/bin/python -m pytest -m ray tests/cli $(PYTEST_ARGS)
+
+test-browser: $(BROWSER_LIBRARY)/.installed ## open pages in a real Chromium; needs its program
+	@command -v "$${CHROMIUM:-chromium}" >/dev/null || { \
+		echo "no chromium on PATH: install it (Debian: apt-get install chromium)," \
+			"or set CHROMIUM=/path/to/chromium" >&2; exit 1; }
+	@$(OFFLINE) $(ONE_THREAD) PYTHONPATH=$(BROWSER_LIBRARY) $(BIN)/python -m pytest -m browser tests/browser $(PYTEST_ARGS)
 
 # SOAK_MINUTES=2 shortens it, SOAK_SEED draws other requests, SOAK_JSON says where its report goes.
 soak: $(VENV)/.installed ## keep a server busy for 30 minutes and check every answer
@@ -102,6 +109,13 @@ $(VENV)/.installed: pyproject.toml $(VENV)/.requirements
 	@$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
 	@touch $@
 	@echo "done: $(BIN)/kvpolicy --help"
+
+# What only that target needs lies beside the environment, not in it.
+$(BROWSER_LIBRARY)/.installed: tests/browser/requirements.txt | $(VENV)/.installed
+	@echo "filling $(BROWSER_LIBRARY): playwright, which drives Chromium, and axe (about 170 MB)"
+	@rm -rf $(BROWSER_LIBRARY)
+	@$(PIP_INSTALL) --no-deps --target $(BROWSER_LIBRARY) -r $<
+	@touch $@
 
 # kvpress cannot live in .venv: it asks for an older transformers.
 $(BENCH_VENV)/.installed: tests/bench/requirements-kvpress.txt
