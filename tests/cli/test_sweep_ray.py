@@ -38,6 +38,12 @@ pytestmark = pytest.mark.ray
 
 PORT = 6399
 
+WAITING = (
+    f'policies = ["window:budget=8", "{path_of(Waiting)}:budget=8", "h2o:budget=8"]\n'
+    '[[replay]]\ntraces = ["t.kvtrace"]\n'
+)
+OPTIONS = ("--engine", "ray", "--workers", "1")
+
 GET_FLAGS, SET_FLAGS, IS_UP = 0x8913, 0x8914, 1
 """Of Linux: requests to read and write an interface's flags, and the flag that it is up."""
 
@@ -104,22 +110,28 @@ def sweep(folder, cluster, text, out):
 
 def test_a_killed_sweep_goes_on_where_it_was(folder, cluster):
     """SIGKILL in the fourth unit: three are kept to the byte, and only two are computed."""
-    text = (
-        f'policies = ["window:budget=8", "{path_of(Waiting)}:budget=8", "h2o:budget=8"]\n'
-        '[[replay]]\ntraces = ["t.kvtrace"]\n'
-    )
-    options = ["--engine", "ray", "--workers", "1"]
-    running = Interrupted(folder, text, 3, options, cluster)
+    running = Interrupted(folder, WAITING, 3, OPTIONS, cluster)
     running.process.kill()
     assert running.end()[0] == -signal.SIGKILL
     kept = (folder / "out" / "results.jsonl").read_bytes()
     assert kept.count(b"\n") == 1 + 3
-    done = sweep(folder, cluster, text, "out")
+    done = sweep(folder, cluster, WAITING, "out")
     assert done.returncode == 0, done.stderr
     data = (folder / "out" / "results.jsonl").read_bytes()
     assert data.startswith(kept)
     assert data.count(b"\n") == 1 + 5
     assert json.loads(done.stdout)["units"] == {"total": 5, "failed": 0}
+
+
+def test_an_interrupted_sweep_ends_cleanly(folder, cluster):
+    """Ctrl-C: exit 130, one line, the unit that ran is cancelled and nothing is lost."""
+    running = Interrupted(folder, WAITING, 3, OPTIONS, cluster, out="interrupted")
+    running.process.send_signal(signal.SIGINT)
+    code, err = running.end()
+    assert code == 130
+    assert "stopped: 3 of 5 units finished; the same command goes on" in err
+    assert "Traceback" not in err
+    assert len(lines_of(folder / "interrupted")) == 3
 
 
 def test_ray_finds_what_processes_find(folder, cluster, monkeypatch):

@@ -6,6 +6,8 @@ every node. Results come back to this process, which alone writes.
 
 import json
 import logging
+import os
+import socket
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -17,6 +19,9 @@ from ray.exceptions import RayError  # pyright: ignore[reportMissingImports]
 
 from kvpolicy.cli.sweep.pool import Job, Outcome, attempt
 from kvpolicy.errors import UnsupportedError
+
+_PATIENCE = 10.0
+"""Seconds that a cluster may take to answer."""
 
 
 def run_on_ray(
@@ -66,15 +71,24 @@ def _answer(reference: Any) -> dict[str, Any]:
 @contextmanager
 def _connected(address: str | None) -> Iterator[None]:
     """Join a cluster, and leave it."""
+    address = address or os.environ.get("RAY_ADDRESS") or "auto"
     try:
-        ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+        _require_listener(address)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, ValueError, RuntimeError) as error:
+        where = "on this machine" if address == "auto" else f"at {address}"
         raise UnsupportedError(
-            f"no Ray cluster at {address or 'this machine or RAY_ADDRESS'}: "
-            f"{str(error).splitlines()[0]}; start one with `ray start --head`, or use "
-            "--engine local"
+            f"no Ray cluster {where}: {str(error).splitlines()[0]}; start one with "
+            "`ray start --head`, or use --engine local"
         ) from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _require_listener(address: str) -> None:
+    """Raise OSError at once if nobody listens at host:port, where Ray would try for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_PATIENCE).close()
