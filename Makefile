@@ -9,6 +9,7 @@ BIN := $(VENV)/bin
 BENCH_VENV := .venv-bench
 RAY_VENV := .venv-ray
 BROWSER_LIBRARY := .venv-browser
+XFORMERS_VENV := .venv-xformers
 PYTEST_ARGS ?=
 
 # Offline, no telemetry, one torch thread, and a KV pool that fits a small machine.
@@ -19,14 +20,13 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PIP_OPTIONS := --disable-pip-version-check -qq install --no-compile --no-input
 PIP_INSTALL := $(BIN)/python -m pip $(PIP_OPTIONS)
 BENCH_PIP_INSTALL := $(BENCH_VENV)/bin/python -m pip $(PIP_OPTIONS)
-RAY_PIP_INSTALL := $(RAY_VENV)/bin/python -m pip $(PIP_OPTIONS)
 
 # A network of its own, which ends with all processes in it; root is needed for neither.
 OWN_NETWORK := unshare --map-root-user --net --pid --fork --kill-child --mount-proc
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-prometheus test-ray test-browser soak lint format \
-	bench bench-env ray-env clean
+.PHONY: help install demo test test-slow test-prometheus test-ray test-browser \
+	test-xformers soak lint format bench bench-env ray-env xformers-env clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -60,6 +60,10 @@ test-browser: $(BROWSER_LIBRARY)/.installed ## open pages in a real Chromium; ne
 			"or set CHROMIUM=/path/to/chromium" >&2; exit 1; }
 	@$(OFFLINE) $(ONE_THREAD) PYTHONPATH=$(BROWSER_LIBRARY) $(BIN)/python -m pytest -m browser tests/browser $(PYTEST_ARGS)
 
+test-xformers: xformers-env ## attend to retained slots with xformers; kernels where there is CUDA
+	@$(OFFLINE) $(ONE_THREAD) $(XFORMERS_VENV)/bin/python -m pytest -m xformers tests/integrations \
+		$(PYTEST_ARGS)
+
 # SOAK_MINUTES=2 shortens it, SOAK_SEED draws other requests, SOAK_JSON says where its report goes.
 soak: $(VENV)/.installed ## keep a server busy for 30 minutes and check every answer
 	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m pytest -s --show-capture=no -m soak tests/soak $(PYTEST_ARGS)
@@ -81,6 +85,9 @@ bench-env: $(BENCH_VENV)/.installed ## build .venv-bench: kvpress, for one of th
 	@:
 
 ray-env: $(RAY_VENV)/.installed ## build .venv-ray: Ray above .venv, for sweeps on a cluster
+	@:
+
+xformers-env: $(XFORMERS_VENV)/.installed ## build .venv-xformers: xformers above .venv
 	@:
 
 clean: ## remove caches and build results; the environments stay
@@ -128,13 +135,17 @@ $(BENCH_VENV)/.installed: tests/bench/requirements-kvpress.txt
 	@$(BENCH_PIP_INSTALL) "$$(grep '^torch==' $<)"
 	@touch $@
 
-# Ray alone, above what .venv has: nothing of vLLM's or transformers' runs beside it unasked.
-$(RAY_VENV)/.installed: tests/requirements-ray.txt $(VENV)/.installed
-	@echo "building $(RAY_VENV): Ray above $(VENV) (about 250 MB)"
-	@[ -x $(RAY_VENV)/bin/python ] || $(BIN)/python -m venv $(RAY_VENV) || { \
-		rm -rf $(RAY_VENV); exit 1; }
-	@below=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
-		above=$$($(RAY_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
-		echo "import site; site.addsitedir('$$below')" > $$above/below.pth
-	@$(RAY_PIP_INSTALL) --no-deps -r $<
+# --- environments above .venv: its packages, and one more -------------------------------------
+
+# Not in .venv itself: vLLM and transformers use Ray and xformers unasked where they find them.
+$(RAY_VENV)/.installed: tests/requirements-ray.txt
+$(XFORMERS_VENV)/.installed: tests/requirements-xformers.txt
+$(RAY_VENV)/.installed $(XFORMERS_VENV)/.installed: $(VENV)/.installed
+	@above=$(@D) && list=$(filter %.txt,$^) && \
+		echo "building $$above: $$(grep == $$list) above $(VENV)" && \
+		{ [ -x $$above/bin/python ] || $(BIN)/python -m venv $$above || { rm -rf $$above; exit 1; }; } && \
+		below=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+		$$above/bin/python -c 'import pathlib, sys, sysconfig; pathlib.Path(sysconfig.get_path("purelib"), \
+			"below.pth").write_text(f"import site; site.addsitedir({sys.argv[1]!r})\n")' $$below && \
+		$$above/bin/python -m pip $(PIP_OPTIONS) --no-deps -r $$list
 	@touch $@

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -42,6 +43,37 @@ class Stopwatch:
         self.seconds += time.perf_counter() - self._started
 
 
+class Answer(NamedTuple):
+    """What a kernel computes.
+
+    Attributes:
+        output: [B, H, Q, D] in the dtype of the queries, or in float32.
+        lse: [B, H, Q] float32, log-sum-exp of each query's scaled logits.
+    """
+
+    output: Tensor
+    lse: Tensor
+
+
+class Kernel(Protocol):
+    """Attention that somebody else computes, over slots as they are stored."""
+
+    def __call__(
+        self, q: Tensor, keys: Tensor, values: Tensor, visible: Sequence[int], scale: float
+    ) -> Answer:
+        """Attend to the slots that a row's newest query sees; earlier queries see fewer.
+
+        Args:
+            q: [B, H, Q, D] queries of consecutive tokens.
+            keys: [B, H_kv, C, D]; slots from `visible` on may hold anything.
+            values: [B, H_kv, C, D], likewise.
+            visible: Slots that each row's last query sees, the first of its storage in every
+                head; those of its own Q tokens come last, in order.
+            scale: Factor on query-key products.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class AttentionLayer:
     """One attention layer under a policy: everything that stays the same over a request.
@@ -54,6 +86,7 @@ class AttentionLayer:
         decoder: The layer's weights; needed by policies that say so.
         first_kv_head: Index of the first KV head here, when heads are spread over processes.
         ranks: These processes.
+        kernel: Computes attention, from eviction to eviction; None for this module's own.
         stopwatch: Time spent on observing, scoring and evicting, for ledgers.
     """
 
@@ -64,11 +97,31 @@ class AttentionLayer:
     first_kv_head: int = 0
     ranks: Ranks = ALONE
     decoder: Decoder | None = None
+    kernel: Kernel | None = None
     stopwatch: Stopwatch = field(default_factory=Stopwatch, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Of a policy that is composed of others, take the one that rules this layer."""
+        """Of a policy that is composed of others, take the one that rules this layer.
+
+        Raises:
+            UnsupportedError: There is a kernel, and the policy has a memory or turns queries.
+        """
         object.__setattr__(self, "policy", self.policy.of_layer(self.index))
+        if self.kernel is not None:
+            self._require_slots_alone()
+
+    def _require_slots_alone(self) -> None:
+        """Refuse a kernel where attention is more than a softmax over slots."""
+        if self.memory_policy is not None:
+            raise UnsupportedError(
+                f"{self.policy}: a memory is attended together with the slots, which an attention "
+                "kernel does not do; leave the kernel out, or use a policy that only evicts"
+            )
+        if getattr(self.policy, "rope", "keep") != "keep":
+            raise UnsupportedError(
+                f"{self.policy}: rope=reindex turns queries differently for sinks, which an "
+                "attention kernel does not do; leave the kernel out, or use rope=keep"
+            )
 
     @cached_property
     def occupancy(self) -> Occupancy:
@@ -192,6 +245,16 @@ class AttentionLayer:
         """Whether every token's weights are folded into the slots' statistic."""
         return self.eviction is not None and "accumulated" in self.eviction.needs
 
+    def reads_weights(self, *, due: bool) -> bool:
+        """Whether the policy looks at the weights of tokens now.
+
+        Args:
+            due: Whether an eviction comes after the last of them.
+        """
+        if not self.needs_weights:
+            return False
+        return due or self.accumulates or bool(self.eviction and self.eviction.observes_every_token)
+
     def logits(self, q: Tensor, keys: Tensor, evicted: Tensor) -> Tensor:
         """Scaled query-key products, [B, H_kv, G, Q, S] float32.
 
@@ -314,6 +377,11 @@ class AttentionLayer:
         factors = rule.decay ** later.float() * (visible if rule.relative else 1)  # [B, 1, Q]
         added = (weights * factors[..., None]).sum(dim=2)
         return accumulated * rule.decay**num_rows + added
+
+
+def weights_of(logits: Tensor, lse: Tensor) -> Tensor:
+    """Attention weights of logits [B, H_kv, G, Q, S] whose log-sum-exp [B, H, Q] is known."""
+    return (logits - lse.reshape(*logits.shape[:4], 1)).exp()
 
 
 def query_key_products(q: Tensor, keys: Tensor, scale: float) -> Tensor:

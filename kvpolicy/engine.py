@@ -6,11 +6,18 @@ that all policies see equally many slots. Rows may differ in length; none influe
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kvpolicy.attention import AttentionLayer, weighted_values
+from kvpolicy.attention import (
+    AttentionLayer,
+    Kernel,
+    query_key_products,
+    weighted_values,
+    weights_of,
+)
 from kvpolicy.memory.answers import absorbed, reflected
 from kvpolicy.memory.state import Memory
 from kvpolicy.occupancy import Occupancy
@@ -37,28 +44,24 @@ def step(layer: AttentionLayer, slots: Slots, q: Tensor, k: Tensor, v: Tensor) -
     laws = slots.laws(layer.occupancy)
     evicted = [law.evicted(n) for law, n in zip(laws, slots.tokens, strict=True)]
     tokens = [n + 1 for n in slots.tokens]
+    due = due_together(laws, tokens)
     visible = [slot + 1 for slot in slots.append(k, v, layer.occupancy)]
+    valid = _valid(visible, max(visible), slots.positions)
+    if layer.kernel is None:
+        attended = _attend(layer, slots, q, valid, visible, evicted)
+    else:
+        attended = _attend_by(layer.kernel, layer, slots, q, valid, visible, is_due=bool(due))
+    output, weights, lse = attended
     held = max(visible)
-    valid = _valid(visible, held, slots.positions)
-    logits = layer.logits(
-        q[:, :, None],
-        slots.keys[:, :, :held],
-        torch.tensor(evicted, device=q.device)[:, None, None],
-    )
-    values = slots.values[:, :, :held]
-    if min(visible) < held:
-        logits = logits.masked_fill(~valid[:, :, None, None], -torch.inf)
-        values = values.masked_fill(~valid[..., None], 0)  # 0 x NaN of unwritten memory is NaN
-    output, weights, lse = _attend(layer, slots, q, logits, values, evicted)
 
     with layer.stopwatch:
-        pooled = layer.pool(weights)[:, :, 0] if layer.needs_weights else None  # [B, H_kv, S]
+        pooled = None if weights is None else layer.pool(weights)[:, :, 0]  # [B, H_kv, S]
         now = _Moment(tokens, visible, valid, pooled, q, lse)
         accumulated = _observe(layer, slots, now)
         memory = _reflect(layer, slots, now)
         kept = [
             (rows, _evict(layer, slots, now, rows, surplus, accumulated, memory))
-            for rows, surplus in due_together(laws, tokens)
+            for rows, surplus in due
         ]
 
         slots.tokens = tokens
@@ -80,18 +83,43 @@ def due_together(laws: list[Occupancy], tokens: list[int]) -> list[tuple[list[in
     return [(rows, surplus) for (_, surplus), rows in groups.items()]
 
 
+class _Attended(NamedTuple):
+    """What the new tokens' attention gave.
+
+    Attributes:
+        output: [B, H, 1, D].
+        weights: [B, H_kv, G, 1, S] over tokens; None if the policy does not look at them.
+        lse: [B, H_kv, G] of the logits, if there is a memory.
+    """
+
+    output: Tensor
+    weights: Tensor | None
+    lse: Tensor | None
+
+
 def _attend(
     layer: AttentionLayer,
     slots: Slots,
     q: Tensor,
-    logits: Tensor,
-    values: Tensor,
+    valid: Tensor,
+    visible: list[int],
     evicted: list[int],
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Output [B, H, 1, D], weights [B, H_kv, G, 1, S] over tokens, and lse with a memory."""
+) -> _Attended:
+    """Attend to the slots that are valid, and to a memory."""
+    held = valid.shape[-1]
+    logits = layer.logits(
+        q[:, :, None],
+        slots.keys[:, :, :held],
+        torch.tensor(evicted, device=q.device)[:, None, None],
+    )
+    values = slots.values[:, :, :held]
+    if min(visible) < held:
+        logits = logits.masked_fill(~valid[:, :, None, None], -torch.inf)
+        values = values.masked_fill(~valid[..., None], 0)  # 0 x NaN of unwritten memory is NaN
     if slots.memory is None:
         weights = logits.softmax(dim=-1)
-        return weighted_values(weights, values), weights, None
+        shown = weights if layer.needs_weights else None
+        return _Attended(weighted_values(weights, values), shown, None)
     attended = layer.attend(
         slots.memory,
         q[:, :, None],
@@ -100,7 +128,28 @@ def _attend(
         positions=torch.tensor(slots.tokens, device=q.device)[:, None, None],
         evicted=torch.tensor(evicted, device=q.device)[:, None, None],
     )
-    return attended.output, attended.weights, attended.lse[..., 0]
+    shown = attended.weights if layer.needs_weights else None
+    return _Attended(attended.output, shown, attended.lse[..., 0])
+
+
+def _attend_by(
+    kernel: Kernel,
+    layer: AttentionLayer,
+    slots: Slots,
+    q: Tensor,
+    valid: Tensor,
+    visible: list[int],
+    *,
+    is_due: bool,
+) -> _Attended:
+    """Let a kernel attend; weights that the policy looks at follow from its log-sum-exp."""
+    queries, held = q[:, :, None], valid.shape[-1]
+    output, lse = kernel(queries, slots.keys, slots.values, visible, layer.scale)
+    if not layer.reads_weights(due=is_due):
+        return _Attended(output, None, None)
+    logits = query_key_products(queries, slots.keys[:, :, :held], layer.scale)
+    weights = weights_of(logits.masked_fill(~valid[:, :, None, None], -torch.inf), lse)
+    return _Attended(output, weights, None)
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,12 @@ before any attention, and their block is one masked GEMM. Prefill and trace repl
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from kvpolicy.attention import AttentionLayer, weighted_values
+from kvpolicy.attention import AttentionLayer, Kernel, weighted_values, weights_of
 from kvpolicy.memory.answers import absorbed, reflected
 from kvpolicy.memory.state import Memory, Passage
 from kvpolicy.policy import View
@@ -85,7 +86,6 @@ class Block:
         size: Tokens of the block, Q.
         columns: Candidates; their `death` says what was evicted when, once `run` has returned.
         memory: What the policy keeps beside tokens, after what has been decided so far.
-        logits: [B, H_kv, G, Q, S] float32 of the block's queries over all columns.
     """
 
     def __init__(
@@ -98,10 +98,16 @@ class Block:
         self.size = q.shape[2]
         self.columns = self._join(k, v)
         self.memory = slots.memory
-        self.logits = layer.logits(q, self.columns.slots.keys, self._evicted_before())
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """Of the block's queries over all columns; [B, H_kv, G, Q, S] float32."""
+        return self.layer.logits(self.q, self.columns.slots.keys, self._evicted_before())
 
     def run(self) -> Tensor:
         """Decide and attend; [B, H, Q, D] float32."""
+        if self.layer.kernel is not None:
+            return self._walk_by(self.layer.kernel)
         if self.memory is not None:
             return self._walk_with_memory(self.memory)
         weights = self._walk() if self.layer.needs_weights else self._decide_then_attend()
@@ -179,6 +185,27 @@ class Block:
                 self._decide(first, last, weights, due)
             parts.append(weights)
         return torch.cat(parts, dim=3)
+
+    def _walk_by(self, kernel: Kernel) -> Tensor:
+        """Let a kernel attend from eviction to eviction, to copies of what is seen in between."""
+        outputs: list[Tensor] = []
+        columns = self.columns.slots
+        for first, last, due in self._segments():
+            queries = self.q[:, :, first:last]
+            hidden = ~self.columns.visible(last - 1, last)[:, :, 0]  # [B, H_kv, S]
+            count = self.law.held(self.seen + first) + last - first
+            total = columns.capacity
+            seen = columns.keep(survivors(hidden, total, total - count))
+            visible = [count] * queries.shape[0]
+            output, lse = kernel(queries, seen.keys, seen.values, visible, self.layer.scale)
+            outputs.append(output.float())
+            with self.layer.stopwatch:
+                if self.layer.reads_weights(due=due):
+                    weights = weights_of(self._visible_logits(first, last), lse)
+                    self._decide(first, last, weights, due)
+                elif due:
+                    self._evict(last, None)
+        return torch.cat(outputs, dim=2)
 
     def _walk_with_memory(self, memory: Memory) -> Tensor:
         """Policies with a memory: attend, observe and absorb from change to change."""

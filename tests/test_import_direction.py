@@ -13,12 +13,15 @@ SOURCES = {
     "kvpolicy_vllm": ROOT / "integrations" / "kvpolicy_vllm",
     "kvpolicy_hf": ROOT / "integrations" / "kvpolicy_hf",
     "kvpolicy_sim": ROOT / "sim" / "kvpolicy_sim",
+    "kvpolicy_xformers": ROOT / "integrations" / "kvpolicy_xformers",
 }
+HOSTS = {"kvpolicy_vllm", "kvpolicy_hf", "kvpolicy_sim", "kvpolicy_xformers"}
 FORBIDDEN = {
-    "kvpolicy": {"kvpolicy_vllm", "kvpolicy_hf", "kvpolicy_sim", "vllm", "transformers"},
-    "kvpolicy_vllm": {"kvpolicy_hf", "kvpolicy_sim"},
-    "kvpolicy_hf": {"kvpolicy_vllm", "kvpolicy_sim", "vllm"},
-    "kvpolicy_sim": {"kvpolicy_vllm", "kvpolicy_hf", "vllm"},
+    "kvpolicy": HOSTS | {"vllm", "transformers", "xformers"},
+    "kvpolicy_vllm": (HOSTS - {"kvpolicy_vllm"}) | {"xformers"},
+    "kvpolicy_hf": (HOSTS - {"kvpolicy_hf"}) | {"vllm", "xformers"},
+    "kvpolicy_sim": (HOSTS - {"kvpolicy_sim"}) | {"vllm", "xformers"},
+    "kvpolicy_xformers": (HOSTS - {"kvpolicy_xformers"}) | {"vllm", "transformers"},
 }
 # One console program serves every package, so its commands may reach them, but only when they run.
 FUNCTIONS_MAY_IMPORT_ANYTHING = "kvpolicy.cli"
@@ -92,6 +95,8 @@ def test_no_module_imports_against_the_direction(package: str) -> None:
         ("kvpolicy_vllm", "kvpolicy_vllm.plugin", "from kvpolicy_hf.cache import PolicyCache"),
         ("kvpolicy_vllm", "kvpolicy_vllm.plugin", "async def f():\n    import kvpolicy_sim.trace"),
         ("kvpolicy_sim", "kvpolicy_sim.replay", "import kvpolicy_hf as host"),
+        ("kvpolicy_hf", "kvpolicy_hf.cache", "import xformers.ops"),
+        ("kvpolicy_xformers", "kvpolicy_xformers.loop", "import kvpolicy_hf"),
     ],
 )
 def test_planted_violation_is_found(package: str, module: str, source: str) -> None:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from kvpolicy import CachePolicy, Ledger, PolicyError, UnsupportedError, parse
-from kvpolicy.attention import AttentionLayer
+from kvpolicy.attention import AttentionLayer, Kernel
 from kvpolicy.ledger import check_evicted, mean
 from kvpolicy.model_facts import windows_of
 from kvpolicy.slots import Slots
@@ -46,6 +46,8 @@ class PolicyCache(Cache):
         policy: A policy or its spec, such as ``"h2o:budget=256"``.
         prompt_tokens: Real tokens of the prompts, of every row or one number for each; by
             default what the first forward brings.
+        kernel: Computes the attention of layers under the policy, from eviction to eviction, such
+            as `kvpolicy_xformers.attend`; default the core's own.
 
     Raises:
         PolicyError: The spec is wrong, or `prompt_tokens` is not a length.
@@ -57,6 +59,8 @@ class PolicyCache(Cache):
         model: PreTrainedModel,
         policy: str | CachePolicy,
         prompt_tokens: int | Sequence[int] | None = None,
+        *,
+        kernel: Kernel | None = None,
     ) -> None:
         self.policy = parse(policy)
         require_supported(model, self.policy)
@@ -74,7 +78,9 @@ class PolicyCache(Cache):
         decoders = decoders_of(model, self.policy, rotary)
         layers = [
             PolicyLayer(
-                AttentionLayer(self.policy, index, module.scaling, rotary, decoder=decoder),
+                AttentionLayer(
+                    self.policy, index, module.scaling, rotary, decoder=decoder, kernel=kernel
+                ),
                 self._batch,
             )
             if window is None
