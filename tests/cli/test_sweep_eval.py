@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from fixtures.sweeping import figures_of, lines_of, make_grid, run_here
+from fixtures.sweeping import figures_of, lines_of, make_grid, run_here, without_times
 from kvpolicy import parse
 from kvpolicy.cli import main
 from kvpolicy.cli.sweep import command
@@ -40,9 +40,7 @@ def test_a_sweep_finds_what_an_evaluation_finds(swept, capsys):
     path = swept / "eval.json"
     arguments = ["eval", "--policy", "window", "h2o:prefill=bulk", *OPTIONS, "--json", str(path)]
     assert main(arguments) == 0
-    expected = json.loads(path.read_text())
-    for result in expected["results"]:
-        del result["seconds"]
+    expected = without_times(json.loads(path.read_text()))
     (found,) = figures_of(swept / "out")["evaluations"]
     assert found["results"] == expected["results"]
     assert (found["task"], found["context"], found["samples"]) == ("passkey", 64, 3)
