@@ -5,7 +5,7 @@ Axes: n points.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,9 @@ from kvpolicy.page.themes import Theme
 
 LABEL = 0.2
 """Height of a line's name, in inches."""
+
+_AXES = 0.575
+"""Share of a picture's width between the scales; names need the rest."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,8 @@ def line_chart(
         rules: Places on the horizontal axis to be marked.
         band: What lies behind the lines.
         dots: Whether to show the points, but of plain lines.
-        dodge: Points (of 1/72 inch) between neighbouring lines, so that intervals show.
+        dodge: Points (of 1/72 inch) between neighbouring lines that are not plain, so that
+            intervals show.
         title: Above all.
     """
     above = 0.8 if title else 0.4
@@ -109,11 +113,12 @@ def line_chart(
     height = plot + 0.52 + above
     with on_paper(theme):
         figure = Figure((WIDTH, height))
-        axes = figure.add_axes((0.075, 0.52 / height, 0.575, plot / height))
+        axes = figure.add_axes((0.075, 0.52 / height, _AXES, plot / height))
         figure.text(
             0.075, 1 - 0.2 / height, plain(title, 100), fontsize=11, weight="bold", va="top"
         )
-        _scale(axes, x, y)
+        room = dodge * (len(curves) - 1) / 2 / 72  # inches that the outermost lines move
+        _scale(axes, _widened(x, room / (_AXES * WIDTH - 2 * room)), y)
         for place in rules:
             axes.axvline(place, color=theme.soft, linewidth=1, linestyle=(0, (1, 3)))
         ends: list[tuple[float, str, dict[str, Any]]] = []
@@ -125,7 +130,7 @@ def line_chart(
             ends.append((middle, band.name, style))
         for index, curve in enumerate(curves):
             style = _style(theme, curve.key)
-            shift = dodge * (index - (len(curves) - 1) / 2) / 72
+            shift = 0.0 if curve.key.colour == "plain" else dodge * index / 72 - room
             place = {
                 "transform": axes.transData + ScaledTranslation(shift, 0, figure.dpi_scale_trans),
                 "clip_on": False,
@@ -161,6 +166,15 @@ def share_scale(title: str, values: Sequence[float], count: int = 6) -> Scale:
     """From a round number below all values to 1."""
     ticks = round_ticks(min(*values, 0.99), 1, count)
     return Scale(title, ticks[0], ticks[-1], labelled(ticks))
+
+
+def _widened(scale: Scale, share: float) -> Scale:
+    """A scale with a share of its length more at both ends."""
+    if scale.is_log:
+        more = (scale.high / scale.low) ** share
+        return replace(scale, low=scale.low / more, high=scale.high * more)
+    more = (scale.high - scale.low) * share
+    return replace(scale, low=scale.low - more, high=scale.high + more)
 
 
 def _scale(axes: Axes, x: Scale, y: Scale) -> None:

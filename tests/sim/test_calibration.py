@@ -51,10 +51,18 @@ def test_an_interval_spans_what_windows_disagree_about(script):
 def test_the_script_measures_what_it_draws(script, tmp_path, monkeypatch, capsys):
     """From the text to the picture: a row per figure, a point per policy and budget."""
     monkeypatch.setattr(script, "SPECS", ("window", "h2o", "centroid"))
+    drawn, draw = [], script.draw
+
+    def recorded(axes, series, reference, **options):
+        drawn.extend(series)
+        return draw(axes, series, reference, **options)
+
+    monkeypatch.setattr(script, "draw", recorded)
     arguments = ["--context", "96", "--samples", "2", "--budgets", "16,32", "--out", str(tmp_path)]
     script.main(arguments)
     printed = capsys.readouterr().out
     assert printed.startswith("2 windows of 96 tokens, 8 points")
     assert all(f"| {name} |" in printed for name in script.LOSSES)
     picture = ElementTree.fromstring((tmp_path / "calibration.svg").read_text("utf-8"))
-    assert len(list(picture.iter("{http://www.w3.org/2000/svg}circle"))) == 8
+    assert picture.tag.endswith("svg")
+    assert sum(len(series.points) for series in drawn) == 8
