@@ -2,9 +2,7 @@
 
 import ast
 import json
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
 from typing import get_args
 
 import pytest
@@ -152,22 +150,6 @@ def test_every_row_names_a_test_that_exists() -> None:
             names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
             assert function in names, row.name
     assert len({row.name for row in FEATURES}) == len(FEATURES)
-
-
-def generator() -> ModuleType:
-    """The script that writes the page."""
-    spec = spec_from_file_location("generate", ROOT / "docs/reference/generate.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_page_is_current() -> None:
-    """The page of documentation says what the tables say; run docs/reference/generate.py."""
-    script = generator()
-    assert script.PAGE.read_text(encoding="utf-8") == script.page()
 
 
 def test_the_readme_says_the_same() -> None:
