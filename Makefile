@@ -10,6 +10,8 @@ BENCH_VENV := .venv-bench
 RAY_VENV := .venv-ray
 BROWSER_LIBRARY := .venv-browser
 XFORMERS_VENV := .venv-xformers
+DOCS_VENV := .venv-docs
+SITE := docs/_build
 PYTEST_ARGS ?=
 
 # Offline, no telemetry, one torch thread, and a KV pool that fits a small machine.
@@ -26,7 +28,7 @@ OWN_NETWORK := unshare --map-root-user --net --pid --fork --kill-child --mount-p
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow test-prometheus test-ray test-browser \
-	test-xformers soak lint format bench bench-env ray-env xformers-env clean
+	test-xformers soak lint format docs bench bench-env ray-env xformers-env clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -76,6 +78,13 @@ lint: $(VENV)/.installed ## ruff (lint, format) and pyright, changing nothing
 format: $(VENV)/.installed ## let ruff sort imports, mend what it can and format
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
+
+# From the root, so that links between the pages and files at the root mean the same as in a clone.
+docs: $(DOCS_VENV)/.installed ## build the documentation site; a warning is an error
+	@$(OFFLINE) $(ONE_THREAD) $(DOCS_VENV)/bin/python -m sphinx --builder html --conf-dir docs \
+		--fail-on-warning --keep-going --quiet \
+		--doctree-dir $(SITE)/doctrees . $(SITE)/html
+	@echo "open $(SITE)/html/index.html"
 
 bench: $(VENV)/.installed ## run the benchmarks
 	@$(MAKE) --no-print-directory bench-env || echo "without kvpress, whose benchmark is skipped"
@@ -140,9 +149,10 @@ $(BENCH_VENV)/.installed: tests/bench/requirements-kvpress.txt
 # Not in .venv itself: vLLM and transformers use Ray and xformers unasked where they find them.
 $(RAY_VENV)/.installed: tests/requirements-ray.txt
 $(XFORMERS_VENV)/.installed: tests/requirements-xformers.txt
-$(RAY_VENV)/.installed $(XFORMERS_VENV)/.installed: $(VENV)/.installed
+$(DOCS_VENV)/.installed: docs/requirements.txt
+$(RAY_VENV)/.installed $(XFORMERS_VENV)/.installed $(DOCS_VENV)/.installed: $(VENV)/.installed
 	@above=$(@D) && list=$(filter %.txt,$^) && \
-		echo "building $$above: $$(grep == $$list) above $(VENV)" && \
+		echo "building $$above: $$(grep -m 1 == $$list) above $(VENV)" && \
 		{ [ -x $$above/bin/python ] || $(BIN)/python -m venv $$above || { rm -rf $$above; exit 1; }; } && \
 		below=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
 		$$above/bin/python -c 'import pathlib, sys, sysconfig; pathlib.Path(sysconfig.get_path("purelib"), \
