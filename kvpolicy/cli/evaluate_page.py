@@ -25,7 +25,7 @@ from kvpolicy.evaluation.run import Run
 from kvpolicy.page.charts import Curve, Scale, line_chart
 from kvpolicy.page.document import Document, Picture, Section
 from kvpolicy.page.keys import Key, keys_of
-from kvpolicy.page.markup import NOTHING, element, figure, interval, join, size
+from kvpolicy.page.markup import NOTHING, Markup, element, figure, interval, join, size
 from kvpolicy.page.tables import plain_table
 from kvpolicy.policy import CachePolicy
 from kvpolicy.series import budget_of, drawn
@@ -117,7 +117,24 @@ def examine(checkpoint: Checkpoint, evaluation: Evaluation, steps: Steps) -> Spe
 def _policies(
     evaluation: Evaluation, keys: Mapping[str, Key], taken: Mapping[CachePolicy, int]
 ) -> Section:
-    """The table of all figures."""
+    return Section(
+        "Policies",
+        "What each policy cost in quality, the full cache first. The pictures call policies by "
+        "their number and by what sets them apart.",
+        [figures_table(evaluation, keys, taken)],
+    )
+
+
+def figures_table(
+    evaluation: Evaluation, keys: Mapping[str, Key], taken: Mapping[CachePolicy, int]
+) -> Markup:
+    """The table of all figures.
+
+    Args:
+        evaluation: What was found.
+        keys: What the policies go by.
+        taken: Bytes of a request under each policy.
+    """
     full = evaluation.runs[0]
     titles = (
         "policy",
@@ -147,19 +164,30 @@ def _policies(
             figure(speed(evaluation, run)),
         ]
 
-    return Section(
-        "Policies",
-        "What each policy cost in quality, the full cache first. The pictures call policies by "
-        "their number and by what sets them apart.",
-        [plain_table("Figures of every policy", titles, map(row, evaluation.runs))],
-    )
+    return plain_table("Figures of every policy", titles, map(row, evaluation.runs))
 
 
 def _by_budget(evaluation: Evaluation) -> list[Section]:
     """Quality against budget; nothing if no policy has one."""
+    picture = quality_picture(evaluation)
+    if picture is None:
+        return []
+    return [
+        Section(
+            f"{evaluation.task.title.capitalize()} by budget",
+            "Lines join policies that differ in their budgets alone. Vertical strokes: 95 % "
+            "intervals beside the full cache, which is the dashed line.",
+            [picture],
+            short="Quality",
+        )
+    ]
+
+
+def quality_picture(evaluation: Evaluation) -> Picture | None:
+    """Quality against budget; None if no policy has one."""
     by_series = lines(evaluation)
     if not by_series:
-        return []
+        return None
     axes, series, reference = quality(evaluation)
     budgets = sorted({budget for runs in by_series.values() for budget in runs})
     rows = [
@@ -176,18 +204,9 @@ def _by_budget(evaluation: Evaluation) -> list[Section]:
     numbers = plain_table(
         f"{evaluation.task.title.capitalize()} by budget", ["slots", *map(figure, budgets)], rows
     )
-    picture = Picture(
+    return Picture(
         "quality-by-budget", alt, plan(replace(axes, title=""), series, reference), numbers
     )
-    return [
-        Section(
-            f"{evaluation.task.title.capitalize()} by budget",
-            "Lines join policies that differ in their budgets alone. Vertical strokes: 95 % "
-            "intervals beside the full cache, which is the dashed line.",
-            [picture],
-            short="Quality",
-        )
-    ]
 
 
 def _divided(evaluation: Evaluation) -> list[int]:

@@ -17,6 +17,11 @@ def add_pages(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--html", metavar="FILE", help="write one page with pictures that needs nothing but itself"
     )
+    add_png(parser)
+
+
+def add_png(parser: argparse.ArgumentParser) -> None:
+    """Declare ``--png`` alone."""
     parser.add_argument(
         "--png", metavar="DIR", help="write the page's pictures into a folder, as PNG"
     )

@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -199,8 +199,24 @@ def results_table(results: Sequence[dict[str, Any]], *, is_narrow: bool) -> Tabl
         results: Entries of a replay's JSON.
         is_narrow: Whether to leave out what matters least.
     """
+    columns = result_columns(results, is_narrow=is_narrow)
+    rows = table("policy", *columns)
+    for result in results:
+        rows.add_row(result["policy"], *(show(result) for show in columns.values()))
+    return rows
+
+
+def result_columns(
+    results: Sequence[dict[str, Any]], *, is_narrow: bool
+) -> dict[str, Callable[[dict[str, Any]], str]]:
+    """Titles of columns, and what they show of an entry.
+
+    Args:
+        results: Entries of a replay's JSON.
+        is_narrow: Whether to leave out what matters least.
+    """
     has_memory = any(result["memory_share"] is not None for result in results)
-    columns = {
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
         "kept": lambda r: figure(100 * r["retention_ratio"], 1) + " %",
         "retained mass": lambda r: _mass(r["retained_mass"], is_narrow or has_memory),
         "p5": lambda r: figure(r["retained_mass"]["p5"], 4),
@@ -214,11 +230,7 @@ def results_table(results: Sequence[dict[str, Any]], *, is_narrow: bool) -> Tabl
         "steps/s": lambda r: figure(r["steps_per_second"], 0),
     }
     hidden = _hidden(results, is_narrow=is_narrow, has_memory=has_memory)
-    shown = {name: show for name, show in columns.items() if name not in hidden}
-    rows = table("policy", *shown)
-    for result in results:
-        rows.add_row(result["policy"], *(show(result) for show in shown.values()))
-    return rows
+    return {name: show for name, show in columns.items() if name not in hidden}
 
 
 def _hidden(results: Sequence[dict[str, Any]], *, is_narrow: bool, has_memory: bool) -> set[str]:

@@ -77,7 +77,7 @@ class Section:
     @property
     def name(self) -> str:
         """What links call it."""
-        return re.sub(r"[^a-z0-9]+", "-", (self.short or self.heading).lower()).strip("-")
+        return slug(self.short or self.heading)
 
     def markup(self) -> Markup:
         """The section with its pictures drawn."""
@@ -180,6 +180,11 @@ class Document:
             element("dl", *items, class_="facts"),
             element("p", self.caveat),
         )
+
+
+def slug(text: str) -> str:
+    """Text as addresses and names of files have it; numbers keep their digits together."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower().replace(",", "")).strip("-")[:80]
 
 
 def _address(theme: Theme, figure: "Figure") -> str:

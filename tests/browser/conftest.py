@@ -1,4 +1,4 @@
-"""A real Chromium, and the pages of all three commands that make one."""
+"""A real Chromium, and the pages of all commands that make one."""
 
 import os
 import shutil
@@ -16,6 +16,17 @@ from kvpolicy.cli import main
 from kvpolicy.passage import Passage
 
 HOSTILE = "</p></main></style><script>document.title='owned'</script><img src=x onerror=alert(1)>"
+
+
+GRID = """
+budgets = [32, 64]
+policies = ["h2o", "tova"]
+[[replay]]
+traces = ["t.kvtrace"]
+[[eval]]
+contexts = [256]
+samples = 2
+"""
 
 
 @dataclass
@@ -93,12 +104,16 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     text, trace = folder / "text.txt", str(folder / "t.kvtrace")
     text.write_text(heldout_text()[:6000], encoding="utf-8")
     made = {name: folder / f"{name}.html" for name in ("replay", "eval", "demo", "hostile")}
+    made["sweep"] = folder / "swept" / "summary.html"
+    grid = folder / "grid.toml"
+    grid.write_text(GRID, encoding="utf-8")
     sweep = ("--policy", "h2o", "tova", "--budgets", "32,64")
     source = ("--text", str(text))
     for command in (
         ("capture", *source, "--tokens", "256", "--out", trace),
         ("replay", trace, *sweep, "--oracle", "--html", str(made["replay"])),
         ("eval", *source, *sweep, "--context", "256", "--html", str(made["eval"])),
+        ("sweep", str(grid), "--out", str(made["sweep"].parent)),
         ("demo", "--rounds", "1", "--windows", "1", "--html", str(made["demo"])),
     ):
         assert main([*command]) == 0

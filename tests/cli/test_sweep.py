@@ -7,6 +7,7 @@ import signal
 
 import pytest
 
+from fixtures.pages import parse_page
 from fixtures.sweeping import (
     Dying,
     Failing,
@@ -336,19 +337,42 @@ def test_json_goes_alone_to_stdout(folder, capsys):
     assert found["units"] == {"total": UNITS, "failed": 0}
 
 
-def test_pictures_have_a_line_per_policy(folder, capsys):
-    """Each source has its own picture, even where two are called alike."""
+def test_the_page_has_a_section_per_source(folder, capsys):
+    """Table and picture of each, with a line per policy, even where two are called alike."""
     (folder / "more").mkdir()
     make_trace(folder / "more", "[t].kvtrace", seed=3)
     grid = GRID.replace('["t.kvtrace"]', '["t.kvtrace", "more/[t].kvtrace"]')
-    assert sweep(folder, grid) == 0
-    assert "[t].kvtrace" in capsys.readouterr().out
-    names = figures_of(folder / "out")["pictures"]
-    assert names == ["replay-t-kvtrace.svg", "replay-t-kvtrace-2.svg"]
-    pictures = [(folder / "out" / name).read_text() for name in names]
-    assert pictures[0] != pictures[1]
-    for picture in pictures:
-        assert all(f"<!-- {label} -->" in picture for label in ("full", "sinks", "window", "h2o"))
+    assert sweep(folder, grid, "--png", str(folder / "png")) == 0
+    text = capsys.readouterr().out
+    assert "[t].kvtrace" in text
+    assert f"wrote {folder}/out/summary.html" in text.replace("\n", "")
+    page = parse_page((folder / "out" / "summary.html").read_text("utf-8"))
+    sections = page.all("section")
+    assert [section.attributes["id"] for section in sections] == ["t-kvtrace", "t-kvtrace-2"]
+    for section, found in zip(sections, figures_of(folder / "out")["replays"], strict=True):
+        masses = [row[1].text for row in section.cells()]
+        assert masses == [f"{x['retained_mass']['mean']:.4f}" for x in found["results"]]
+        assert [row[0] for row in section.numbers()] == ["slots", "sinks", "window", "h2o"]
+    names = sorted(path.name for path in (folder / "png").iterdir())
+    assert names == ["replay-t-kvtrace-2.png", "replay-t-kvtrace.png"]
+
+
+def test_failures_stand_on_the_page(folder):
+    """A unit that failed is named with its error, beside what others found."""
+    grid = f'policies = ["{path_of(Failing)}:budget=8"]\n[[replay]]\ntraces = ["t.kvtrace"]'
+    assert sweep(folder, grid) == 1
+    page = parse_page((folder / "out" / "summary.html").read_text("utf-8"))
+    [row] = page.section("Failures").cells()
+    assert "no score today," in row[1].text
+
+
+def test_a_page_that_cannot_be_drawn_stops_a_sweep_before_it_runs(folder, monkeypatch, capsys):
+    """Without matplotlib nothing is computed; a dry run needs none."""
+    monkeypatch.setattr("kvpolicy.page.find_spec", lambda _: None)
+    assert sweep(folder, GRID, "--dry-run") == 0
+    assert sweep(folder) == 2
+    assert "extra report" in capsys.readouterr().err
+    assert not (folder / "out").exists()
 
 
 def test_policies_without_a_budget_have_a_line_each(folder, capsys):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from fixtures.pages import parse_page
 from fixtures.sweeping import figures_of, lines_of, make_grid, run_here, without_times
 from kvpolicy import parse
 from kvpolicy.cli import main
@@ -46,12 +47,14 @@ def test_a_sweep_finds_what_an_evaluation_finds(swept, capsys):
     assert (found["task"], found["context"], found["samples"]) == ("passkey", 64, 3)
 
 
-def test_an_evaluation_has_a_picture(swept):
-    """Quality against budget is drawn as `kvpolicy eval --plot` draws it."""
-    (name,) = figures_of(swept / "out")["pictures"]
-    picture = (swept / "out" / name).read_text()
-    assert name == "eval-passkey-64-tokens-bundled.svg"
-    assert "Pass keys found, 64 tokens" in picture
+def test_an_evaluation_has_a_section(swept):
+    """The page has the figures of `kvpolicy eval --html`, and quality against budget."""
+    page = parse_page((swept / "out" / "summary.html").read_text("utf-8"))
+    section = page.section("passkey, 64 tokens, bundled")
+    (found,) = figures_of(swept / "out")["evaluations"]
+    names = [row.first("th").text for row in section.first("tbody").all("tr")]
+    assert [name[1:] for name in names] == [result["policy"] for result in found["results"]]
+    assert section.numbers()[-1][0] == "full"
 
 
 def test_a_result_that_samples_cannot_have_is_refused(swept, tmp_path, monkeypatch, capsys):

@@ -11,14 +11,17 @@ from rich.markup import escape
 from kvpolicy.cli import FAILED
 from kvpolicy.cli.arguments import command_parser, positive, require
 from kvpolicy.cli.output import Output, as_json, count, figure, size, table
+from kvpolicy.cli.pages import add_png, write_pages
 from kvpolicy.cli.sweep.grid import EvalEntry, read_grid
+from kvpolicy.cli.sweep.page import document
 from kvpolicy.cli.sweep.pool import Outcome, run_locally
-from kvpolicy.cli.sweep.report import draw_all, show
+from kvpolicy.cli.sweep.report import show
 from kvpolicy.cli.sweep.results import FILE, Results, exclusive
 from kvpolicy.cli.sweep.sources import model_bytes, open_units
 from kvpolicy.cli.sweep.summary import SCHEMA, Summary, summarise
 from kvpolicy.cli.sweep.units import Cost, Unit
 from kvpolicy.errors import PolicyError
+from kvpolicy.page import require_matplotlib
 
 EXAMPLES = """
   kvpolicy sweep grid.toml --out results --dry-run
@@ -42,7 +45,7 @@ a grid:
 
 ENGINES = ("local", "ray")
 
-SUMMARY = "summary.json"
+SUMMARY, PAGE = "summary.json", "summary.html"
 
 WORK = "kvpolicy.cli.sweep.work:compute"
 """What workers do."""
@@ -53,7 +56,9 @@ def run(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     if options.address is not None and options.engine != "ray":
         raise PolicyError("--address is where a Ray cluster is; add --engine ray, or drop it")
-    output, folder = Output(options.json, inputs=[options.grid]), Path(options.out)
+    output = Output(options.json, inputs=[options.grid], folders=[options.png])
+    folder = Path(options.out)
+    options.html = str(folder / PAGE)
     if folder.exists() and not folder.is_dir():
         raise PolicyError(f"cannot write to {options.out!r}: it is a file; choose a folder")
     if options.engine == "ray":
@@ -62,16 +67,18 @@ def run(arguments: Sequence[str]) -> int:
     if options.dry_run:
         _estimate(options, units, Results(folder), output)
         return 0
+    require_matplotlib()
     with exclusive(folder):
         results = Results(folder, is_writing=True)
         _compute(options, units, results, output)
         summary = summarise(units, results)
-        written = {**summary.as_dict(), "pictures": draw_all(summary, folder)}
-        output.write(str(folder / SUMMARY), as_json(written))
-    show(output, summary)
-    files = ", ".join([FILE, SUMMARY, *written["pictures"]])
-    output.print(f"\n{_counted(summary)}; wrote {escape(f'{files} in {options.out}')}")
-    output.json(written)
+        output.write(str(folder / SUMMARY), as_json(summary.as_dict()))
+        show(output, summary)
+        output.print(
+            f"\n{_counted(summary)}; wrote {escape(f'{FILE}, {SUMMARY} in {options.out}')}"
+        )
+        write_pages(options, document(summary, Path(options.grid).stem), output)
+    output.json(summary.as_dict())
     return FAILED if summary.failures else 0
 
 
@@ -103,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="ADDRESS",
         help="of the Ray cluster (default: RAY_ADDRESS, or the one on this machine)",
     )
+    add_png(parser)
     parser.add_argument(
         "--dry-run",
         action="store_true",

@@ -1,17 +1,14 @@
-"""What a sweep prints and draws of its summary."""
+"""What a sweep prints of its summary."""
 
-import re
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
 
-from kvpolicy.cli.evaluate_report import WIDE, legend, plot, tables
+from kvpolicy.cli.evaluate_report import WIDE, legend, tables
 from kvpolicy.cli.output import Output, by_budget, count, figure, table
 from kvpolicy.cli.replay import CAVEAT, regret_interval, results_table
-from kvpolicy.cli.sweep.summary import EvalFound, ReplayFound, Summary
-from kvpolicy.evaluation.plot import Axes, Point, Series, draw
+from kvpolicy.cli.sweep.summary import ReplayFound, Summary
 from kvpolicy.registry import parse
 from kvpolicy.series import budget_of, series_of
 
@@ -40,18 +37,6 @@ def show(output: Output, summary: Summary) -> None:
         output.print(rows)
 
 
-def draw_all(summary: Summary, folder: Path) -> list[str]:
-    """Draw quality against budget of every source that has budgets; names of the files."""
-    drawn: dict[str, str] = {}
-    for found in [*summary.replays, *summary.evaluations]:
-        picture = _draw_replay(found) if isinstance(found, ReplayFound) else _draw_eval(found)
-        if picture is not None:
-            drawn[_name(f"{found.source.kind}-{found.source.label}", drawn)] = picture
-    for name, picture in drawn.items():
-        Output.write(str(folder / name), picture)
-    return list(drawn)
-
-
 def _replay_tables(found: ReplayFound, *, is_narrow: bool) -> Iterator[Any]:
     """A table per figure where all policies have budgets, otherwise one line per policy."""
     evicting = [result for result in found.results if result["policy"] != "full"]
@@ -64,7 +49,7 @@ def _replay_tables(found: ReplayFound, *, is_narrow: bool) -> Iterator[Any]:
         "output error": lambda r: figure(r["output_error"]["mean"], 4),
         "regret": lambda r: regret_interval(r["regret"]),
     }
-    lines = _lines(evicting)
+    lines = lines_of(evicting)
     for title, content in contents.items():
         if any(content(result) != "-" for result in evicting):
             yield title
@@ -72,7 +57,7 @@ def _replay_tables(found: ReplayFound, *, is_narrow: bool) -> Iterator[Any]:
             yield ""
 
 
-def _lines(results: Sequence[Result]) -> dict[str, dict[int, Result]]:
+def lines_of(results: Sequence[Result]) -> dict[str, dict[int, Result]]:
     """Results of policies with a budget, by what they have in common, then by budget."""
     lines: dict[str, dict[int, Result]] = {}
     for result in results:
@@ -81,42 +66,3 @@ def _lines(results: Sequence[Result]) -> dict[str, dict[int, Result]]:
         if budget:
             lines.setdefault(series_of(policy), {})[budget] = result
     return lines
-
-
-def _draw_replay(found: ReplayFound) -> str | None:
-    """Retained mass against budget; None if no policy has one."""
-    series = [
-        Series(
-            label,
-            [
-                Point(budget, each["mean"], _interval(each["interval"]))
-                for budget in sorted(results)
-                for each in [results[budget]["retained_mass"]]
-            ],
-        )
-        for label, results in _lines(found.results).items()
-    ]
-    axes = Axes(
-        title=f"Retained attention mass, {found.source.label}",
-        x="slots per KV head",
-        y="%",
-        percent=True,
-    )
-    return draw(axes, series, ("full", 1.0)) if series else None
-
-
-def _interval(ends: Sequence[float] | None) -> tuple[float, float] | None:
-    return None if ends is None else (ends[0], ends[1])
-
-
-def _draw_eval(found: EvalFound) -> str | None:
-    """As `kvpolicy eval --plot` draws it; None if no policy has a budget."""
-    has_budget = any(budget_of(run.policy) for run in found.evaluation.runs)
-    return plot(found.evaluation) if has_budget else None
-
-
-def _name(label: str, taken: dict[str, str]) -> str:
-    """A file's name for a source; numbered where two are called alike."""
-    stem = re.sub(r"[^a-z0-9]+", "-", label.lower().replace(",", "")).strip("-")[:80]
-    names = (f"{stem}.svg", *(f"{stem}-{number}.svg" for number in range(2, len(taken) + 2)))
-    return next(name for name in names if name not in taken)
