@@ -15,8 +15,6 @@ from kvpolicy.page.markup import Markup, amount, figure, join
 from kvpolicy.page.tables import plain_table
 from kvpolicy.registry import parse
 
-_NUMBERED = "Pictures call policies by what they have in common; budgets are their scale."
-
 
 def document(summary: Summary, title: str) -> Document:
     """The page of a sweep.
@@ -31,7 +29,12 @@ def document(summary: Summary, title: str) -> Document:
         "replayed traces": f"{len(summary.replays):,}",
         "evaluations": f"{len(summary.evaluations):,}",
     }
-    caveat = join(["A section per source, in the grid's order. ", _NUMBERED])
+    caveat = join(
+        [
+            "A section per source, in the grid's order. In pictures, lines join policies that differ "
+            "in their budgets alone."
+        ]
+    )
     sections = [
         _replay(found, name) if isinstance(found, ReplayFound) else _evaluation(found, name)
         for found, name in _named([*summary.replays, *summary.evaluations])
@@ -67,7 +70,7 @@ def _replay(found: ReplayFound, name: str) -> Section:
         plain_table(f"Replays of {name}", ["policy", *columns], rows),
         *_mass(found, name),
     ]
-    return Section(name, CAVEAT.format(level=found.source.entry.level) + ".", content)
+    return Section(name, _sentence(CAVEAT.format(level=found.source.entry.level)), content)
 
 
 def _mass(found: ReplayFound, name: str) -> list[Picture]:
@@ -110,7 +113,12 @@ def _evaluation(found: EvalFound, name: str) -> Section:
     picture = quality_picture(found.evaluation)
     if picture is not None:
         content.append(replace(picture, name=f"eval-{slug(name)}"))
-    return Section(name, legend(found.evaluation, is_sweep=False).capitalize() + ".", content)
+    return Section(name, _sentence(legend(found.evaluation, is_sweep=False)), content)
+
+
+def _sentence(remark: str) -> str:
+    """A remark of the terminal's as a page has it."""
+    return f"{remark[0].upper()}{remark[1:]}.".replace("`", "")
 
 
 def _failures(failures: Sequence[Failure]) -> Section:
