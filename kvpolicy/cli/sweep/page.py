@@ -29,11 +29,9 @@ def document(summary: Summary, title: str) -> Document:
         "replayed traces": f"{len(summary.replays):,}",
         "evaluations": f"{len(summary.evaluations):,}",
     }
-    caveat = join(
-        [
-            "A section per source, in the grid's order. In pictures, lines join policies that differ "
-            "in their budgets alone."
-        ]
+    caveat = (
+        "A section per source, in the grid's order. In pictures, lines join policies that differ "
+        "in their budgets alone."
     )
     sections = [
         _replay(found, name) if isinstance(found, ReplayFound) else _evaluation(found, name)
@@ -41,7 +39,7 @@ def document(summary: Summary, title: str) -> Document:
     ]
     if summary.failures:
         sections.append(_failures(summary.failures))
-    return Document("sweep", title, facts, caveat, sections)
+    return Document("sweep", title, facts, join([caveat]), sections)
 
 
 def _named(
