@@ -8,6 +8,8 @@ attention weights on positions, through memories too, whatever they blend.
 
 The first PROMPT tokens are the prompt of policies that set prompts apart.
 
+A mix has another policy in other layers: its picture has the same head of two of them.
+
 Rows are tokens in the order of reading, columns the positions they look at. Blue is attention on
 tokens that are held as they are, orange on what a memory has made of tokens; the darker, the more
 (logarithmic). Pale blue: held, hardly attended. White: gone.
@@ -15,6 +17,7 @@ tokens that are held as they are, orange on what a memory has made of tokens; th
 
 import struct
 import zlib
+from itertools import chain, zip_longest
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -41,6 +44,7 @@ POLICIES = {
     "sinks": "sinks:budget=64",
     "h2o": "h2o:budget=64",
     "tova": "tova:budget=64",
+    "random": "random:budget=64",
     "snapkv": "snapkv:budget=64,window=16",
     "knorm": "knorm:budget=64,prefill=bulk",
     "keydiff": "keydiff:budget=64,prefill=bulk",
@@ -55,7 +59,15 @@ POLICIES = {
     "infini-closed": "infini:segment=64",
     "infini-open": "infini:segment=64,gate=0.2",
     "infini-delta": "infini:segment=64,gate=0.2,update=delta",
+    "mix": "mix:layers=(0-3:window;4-:h2o),budget=64",
 }
+"""Policies by the names of their pictures."""
+
+LAYERS = {"mix": (3, LAYER)}
+"""Layers that are drawn side by side, where it is not `LAYER` alone."""
+
+GAP = 20
+"""Pixels between them."""
 
 LEVELS = 64
 """Shades of each colour."""
@@ -73,28 +85,31 @@ def main() -> None:
     with TemporaryDirectory() as scratch:
         trace = record(Path(scratch) / "passage.kvtrace")
         for name, spec in POLICIES.items():
-            weights, held = look(trace, spec)
-            (folder / f"{name}.png").write_bytes(png(shades(weights, held)))
+            parts = [shades(*look(trace, spec, layer)) for layer in LAYERS.get(name, (LAYER,))]
+            gaps = [np.zeros((TOKENS, GAP), int)] * (len(parts) - 1)
+            rows = [x for pair in zip_longest(parts, gaps) for x in pair if x is not None]
+            (folder / f"{name}.png").write_bytes(png(np.concatenate(rows, axis=1)))
             print(f"{name}.png  {spec}")
 
 
-def record(path: Path) -> Trace:
-    """The passage's queries, keys and values."""
+def record(path: Path, first: int = FIRST) -> Trace:
+    """Queries, keys and values of the passage that begins with the token `first`."""
     checkpoint = load_checkpoint(bundled_model())
-    tokens = checkpoint.encode(heldout_text())[FIRST : FIRST + TOKENS - 1]
+    tokens = checkpoint.encode(heldout_text())[first : first + TOKENS - 1]
     ids = torch.tensor([[*checkpoint.start, *tokens]])
-    return capture(checkpoint.model, ids, path, layers=[LAYER])
+    return capture(checkpoint.model, ids, path, layers=sorted({LAYER, *chain(*LAYERS.values())}))
 
 
-def look(trace: Trace, spec: str) -> tuple[np.ndarray, np.ndarray]:
+def look(trace: Trace, spec: str, layer_index: int = LAYER) -> tuple[np.ndarray, np.ndarray]:
     """Weights of each token on each position, and which of them were held; both [T, T]."""
     header = trace.header
-    q, k = (trace.read(kind, LAYER, dtype=torch.float32) for kind in ("q", "k"))
+    q, k = (trace.read(kind, layer_index, dtype=torch.float32) for kind in ("q", "k"))
     group = q.shape[0] // k.shape[0]
     q, k = q[None, KV_HEAD * group : (KV_HEAD + 1) * group], k[None, KV_HEAD : KV_HEAD + 1]
     units = torch.eye(TOKENS)[None, None]
     rotary = Rotary(torch.tensor(header.rope.inverse_frequencies))
-    layer = AttentionLayer(parse(spec), LAYER, header.scale, rotary)
+    policy = parse(spec).of_layer(layer_index)
+    layer = AttentionLayer(policy, layer_index, header.scale, rotary)
     slots = layer.new_slots(q, k, units, prompts=[PROMPT])
     [law] = slots.laws(layer.occupancy)
     weights, held = np.zeros((TOKENS, TOKENS)), np.zeros((TOKENS, TOKENS), bool)
