@@ -247,7 +247,7 @@ def _measure(policy: CachePolicy, steps: Steps, verdicts: "list[Verdict]") -> "l
     if slots is None:
         return []
     law = policy.occupancy
-    budget = slots - law.interval
+    budget = max(slots - law.interval, 1)  # a policy of segments may keep none of them
     beside = (parse(f"{name}:budget={budget},interval={law.interval}") for name in BESIDE)
     rivals = [policy, *(rival for rival in beside if type(rival) is not type(policy))]
     rounds = 3
@@ -263,4 +263,7 @@ def _large(policy: CachePolicy) -> CachePolicy:
     """The policy with the budget of a real request."""
     if not isinstance(policy, EvictionPolicy) or "budget" not in parameters(type(policy)):
         return policy
-    return replace(policy, budget=max(policy.budget, SPEED_BUDGET), interval=None)
+    try:
+        return replace(policy, budget=max(policy.budget, SPEED_BUDGET), interval=None)
+    except PolicyError:
+        return policy  # its other parameters say how many slots it has
