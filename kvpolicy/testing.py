@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from kvpolicy.agreement import NearTie
 from kvpolicy.errors import ContractError, KVPolicyError, PolicyError
+from kvpolicy.extras import how_to_install
 from kvpolicy.parameter import typed
 from kvpolicy.policy import CachePolicy, EvictionPolicy, View, parameters
 from kvpolicy.promises import CONTRACT, Check
@@ -237,7 +238,7 @@ def run_check(policy: CachePolicy, check: Check, *, examples: int = 20) -> Outco
         import hypothesis
     except ImportError as error:
         raise ImportError(
-            "kvpolicy.testing needs hypothesis: pip install 'kvpolicy[testing]'"
+            f"kvpolicy.testing needs hypothesis; {how_to_install('hypothesis')}"
         ) from error
     tried: list[bool] = []
     failures: list[Failure] = []

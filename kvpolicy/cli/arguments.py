@@ -2,16 +2,12 @@
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from importlib.util import find_spec
 from typing import NoReturn
 
 from kvpolicy.errors import PolicyError, UnsupportedError
 from kvpolicy.policy import CachePolicy, EvictionPolicy
 from kvpolicy.registry import parse
 from kvpolicy.spec import split_spec
-
-_EXTRAS = {"ray": "ray", "tokenizers": "hf", "transformers": "hf", "vllm": "cpu or vllm"}
-"""Packages that commands need, and the extras that bring them."""
 
 _MAX_INDICES = 100_000
 
@@ -165,15 +161,6 @@ def _budget_of(policy: CachePolicy) -> int:
 
 _PROMPTS = {"stream": "", "bulk": ",prefill=bulk", "keep": ",protect=prompt"}
 """How a spec says what a law makes of prompts."""
-
-
-def require(package: str) -> None:
-    """Raise UnsupportedError, with what to install, unless a host's package is there."""
-    if find_spec(package) is None:
-        raise UnsupportedError(
-            f"this command needs {package}, which is not installed; "
-            f"install the extra {_EXTRAS[package]} of kvpolicy, see docs/how-to/install.md"
-        )
 
 
 def require_plugin(environment: Mapping[str, str]) -> None:

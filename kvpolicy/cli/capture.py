@@ -11,10 +11,11 @@ from typing import Any, TypeAlias
 
 from kvpolicy.bundled import bundled_model
 from kvpolicy.bundled.passkey import FACT, make_passkey
-from kvpolicy.cli.arguments import command_parser, indices, positive, require
+from kvpolicy.cli.arguments import command_parser, indices, positive
 from kvpolicy.cli.output import Output, size
 from kvpolicy.cli.source import add_source, load_model, read_text
 from kvpolicy.cli.trace import require_room, show
+from kvpolicy.extras import require
 from kvpolicy.trace import Mark
 
 # The host's type: this package may import hosts only inside functions.

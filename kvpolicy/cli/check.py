@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib.util import find_spec
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
@@ -20,7 +19,8 @@ from kvpolicy.cli.check_report import (
     speed_as_dict,
 )
 from kvpolicy.cli.output import Output, Steps
-from kvpolicy.errors import PolicyError, UnsupportedError
+from kvpolicy.errors import PolicyError
+from kvpolicy.extras import require
 from kvpolicy.ledger import SEMANTICS
 from kvpolicy.parameter import Parameter
 from kvpolicy.policy import CachePolicy, EvictionPolicy, parameters
@@ -55,11 +55,7 @@ def run(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     output = Output(options.json)
     policy = read_policy(options.policy)
-    if find_spec("hypothesis") is None:
-        raise UnsupportedError(
-            "this command needs hypothesis, which is not installed; install the extra testing of "
-            "kvpolicy: pip install 'kvpolicy[testing]'"
-        )
+    require("hypothesis")
     import torch
 
     began = time.perf_counter()

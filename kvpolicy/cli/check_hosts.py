@@ -9,7 +9,6 @@ import random
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -27,6 +26,7 @@ from kvpolicy.cli.check_reference import (
     walk_through,
 )
 from kvpolicy.errors import KVPolicyError, PolicyError, UnsupportedError
+from kvpolicy.extras import is_installed
 from kvpolicy.policy import CachePolicy
 from kvpolicy.rehearsal import HEAD_DIM, Case, by_steps, margins
 from kvpolicy.rotary import Rotary
@@ -124,7 +124,7 @@ def compare_hosts(
         stage = Stage(policy, Path(folder))
         for host in hosts:
             package = HOSTS[host]
-            if package is not None and find_spec(package) is None:
+            if package is not None and not is_installed(package):
                 yield Verdict(host, "not installed", f"there is no package {package}")
             else:
                 yield _verdict(host, stage)

@@ -14,10 +14,11 @@ from rich.text import Text
 
 from kvpolicy.bundled import bundled_model, heldout_text
 from kvpolicy.cli import FAILED, demo_passkey
-from kvpolicy.cli.arguments import command_parser, positive, require, require_plugin
+from kvpolicy.cli.arguments import command_parser, positive, require_plugin
 from kvpolicy.cli.highlight import highlight
 from kvpolicy.cli.output import Output, Steps, figure, size, table
 from kvpolicy.cli.pages import add_pages, page_output, write_pages
+from kvpolicy.extras import require
 from kvpolicy.ledger import SEMANTICS
 from kvpolicy.passage import Passage, kept_shares
 from kvpolicy.registry import parse

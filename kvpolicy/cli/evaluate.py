@@ -10,7 +10,6 @@ from kvpolicy.cli.arguments import (
     add_policies,
     command_parser,
     positive,
-    require,
     sizes,
     with_baselines,
     with_budgets,
@@ -23,6 +22,7 @@ from kvpolicy.evaluation.sample import Sample, digest_of
 from kvpolicy.evaluation.source import Source
 from kvpolicy.evaluation.task import Task
 from kvpolicy.evaluation.tasks import TASKS, tasks_with
+from kvpolicy.extras import require
 from kvpolicy.ledger import SEMANTICS
 from kvpolicy.page import require_matplotlib
 from kvpolicy.policy import CachePolicy

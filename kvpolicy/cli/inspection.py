@@ -13,6 +13,7 @@ from kvpolicy.cli import FAILED
 from kvpolicy.cli.arguments import command_parser
 from kvpolicy.cli.output import Advance, Output, count, ranges, size, table
 from kvpolicy.errors import TraceError
+from kvpolicy.extras import require
 
 if TYPE_CHECKING:
     from kvpolicy.trace import Trace
@@ -36,6 +37,8 @@ def run(arguments: Sequence[str]) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     selection = _selection(parser, options)
+    if options.export is not None:
+        require("safetensors", "the export")
     output = Output(
         options.json,
         inputs=[options.trace],

@@ -3,7 +3,6 @@
 import argparse
 import os
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -16,12 +15,12 @@ from kvpolicy.cli.arguments import (
     command_parser,
     indices,
     positive,
-    require,
     with_baselines,
     with_budgets,
 )
 from kvpolicy.cli.output import Output, figure, size, table
 from kvpolicy.cli.pages import add_pages, page_output, write_pages
+from kvpolicy.extras import is_installed, require
 from kvpolicy.passage import Passage
 from kvpolicy.trace import Trace
 
@@ -128,7 +127,7 @@ def _passage(options: argparse.Namespace, trace: Trace) -> Passage | None:
     file = named / "tokenizer.json" if named.is_dir() else named
     if options.tokenizer is not None:
         require("tokenizers")
-    elif tokenizer_hash(file) != trace.header.tokenizer or not find_spec("tokenizers"):
+    elif tokenizer_hash(file) != trace.header.tokenizer or not is_installed("tokenizers"):
         return None
     return read_passage(trace, choose_sequences(trace, options.sequences)[0].index, file)
 
@@ -143,12 +142,15 @@ def _replay(
         choose_layers,
         choose_sequences,
         needs_weights,
+        require_oracle,
         require_supported,
     )
     from kvpolicy_sim.weights import load_weights
 
     has_weights = options.weights is not None
     require_supported(trace.header, policies, options.level, has_weights=has_weights)
+    if options.oracle:
+        require_oracle(trace.header)  # before anything is promised
     model = None
     if has_weights and any(map(needs_weights, policies)):
         model = load_weights(options.weights, trace.header)

@@ -5,7 +5,8 @@ import os
 from collections.abc import Sequence
 
 from kvpolicy.bundled import bundled_model
-from kvpolicy.cli.arguments import require, require_plugin
+from kvpolicy.cli.arguments import require_plugin
+from kvpolicy.extras import require
 from kvpolicy.registry import parse
 
 EXAMPLES = """examples:

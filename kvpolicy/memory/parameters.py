@@ -3,7 +3,6 @@
 They are safetensors files: raw tensors behind a checked header, nothing that is executed.
 """
 
-import importlib.util
 from functools import lru_cache
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import PolicyError
+from kvpolicy.extras import require
 
 _MAX_BYTES = 1 << 31
 
@@ -24,8 +24,7 @@ def load_parameters(path: str) -> dict[str, Tensor]:
     Raises:
         PolicyError: There is no such file, it is damaged, or safetensors is not installed.
     """
-    if importlib.util.find_spec("safetensors") is None:
-        raise PolicyError(f"{path}: reading it needs safetensors: pip install safetensors")
+    require("safetensors", f"reading {path}")
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -1,6 +1,5 @@
 """A trace as a safetensors file, for other tools."""
 
-import importlib.util
 import json
 import os
 from collections.abc import Callable
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import TraceError
+from kvpolicy.extras import require
 from kvpolicy.trace.disk import beside
 from kvpolicy.trace.header import row_axis
 from kvpolicy.trace.slice import Sliced
@@ -32,12 +32,11 @@ def export_safetensors(sliced: Sliced, path: str | Path, advance: Advance = lamb
         advance: Told the bytes done.
 
     Raises:
-        TraceError: safetensors is not installed, memory does not suffice, or the trace is
-            damaged.
+        UnsupportedError: safetensors is not installed.
+        TraceError: Memory does not suffice, or the trace is damaged.
         OSError: The file cannot be written.
     """
-    if importlib.util.find_spec("safetensors") is None:
-        raise TraceError("the export needs safetensors, which is not installed: see kvpolicy[hf]")
+    require("safetensors", "the export")
     from safetensors.torch import save_file
 
     path = Path(path)

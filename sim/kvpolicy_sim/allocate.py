@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from kvpolicy import CachePolicy, PolicyError, UnsupportedError, parse
+from kvpolicy.extras import require
 from kvpolicy.policy import EvictionPolicy, parameters
 from kvpolicy.spec import split_spec
 from kvpolicy.trace import Trace
@@ -111,9 +112,10 @@ def allocate(
 
     Raises:
         PolicyError: The policy has no budget, or the file cannot be named in a spec.
-        UnsupportedError: The trace lacks layers.
+        UnsupportedError: The trace lacks layers, or safetensors is not installed.
         TraceError: The trace is damaged.
     """
+    require("safetensors", "writing budgets")
     if by not in get_args(By):
         raise PolicyError(f"unknown way {by!r} to allocate; choose from {', '.join(get_args(By))}")
     if not isinstance(trace, Trace):

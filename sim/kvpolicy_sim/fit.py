@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy import CachePolicy, PolicyError, UnsupportedError, parse
+from kvpolicy.extras import require
 from kvpolicy.memory.parameters import load_parameters
 from kvpolicy.policies.compressive import Compressive
 from kvpolicy.policies.infini import Infini
@@ -138,8 +138,7 @@ def fit(
         raise PolicyError(
             f"{path}: parameters are written as a file in a folder that exists; choose another name"
         )
-    if find_spec("safetensors") is None:
-        raise UnsupportedError("writing parameters needs safetensors: pip install safetensors")
+    require("safetensors", "writing parameters")
     if not isinstance(trace, Trace):
         with Trace.open(trace) as opened:
             return fit(

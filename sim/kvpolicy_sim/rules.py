@@ -5,12 +5,12 @@ subclasses included, is replayed through the core's own look-ahead.
 """
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import numpy as np
 
 from kvpolicy import CachePolicy, EvictionPolicy, Occupancy
+from kvpolicy.extras import is_installed
 from kvpolicy.memory.policy import MemoryPolicy
 from kvpolicy.policies.bswa import BSWA
 from kvpolicy.policies.centroid import Centroid
@@ -86,7 +86,7 @@ def is_compiled(policy: CachePolicy) -> bool:
     """Whether the compiled walk follows the policy, and there is a compiler."""
     is_listed = type(policy) in _SCORES and getattr(policy, "rope", "keep") == "keep"
     has_memory = isinstance(policy, MemoryPolicy) and policy.has_memory
-    return is_listed and not has_memory and find_spec("numba") is not None
+    return is_listed and not has_memory and is_installed("numba")
 
 
 def rule_for(policy: CachePolicy, law: Occupancy, layer: int, kv_head: int) -> Rule:

@@ -1,10 +1,10 @@
 """What can be replayed exactly from a trace; the rest is refused, with what to change."""
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import get_args
 
 from kvpolicy import CachePolicy, EvictionPolicy, PolicyError, UnsupportedError
+from kvpolicy.extras import require
 from kvpolicy.memory.policy import MemoryPolicy
 from kvpolicy.policies.infini import Infini
 from kvpolicy.policy import NEEDS
@@ -21,8 +21,7 @@ def require_oracle(header: Header) -> None:
             f"the oracle needs every query and the trace has every {header.query_stride}th; "
             "capture with query_stride=1, or replay without the oracle"
         )
-    if find_spec("numba") is None:
-        raise UnsupportedError("the oracle needs numba: install the extra sim of kvpolicy")
+    require("numba", "the oracle")
 
 
 def require_supported(

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 
 from kvpolicy import UnsupportedError
+from kvpolicy.extras import require
 from kvpolicy.memory.decoder import Decoder
 from kvpolicy.rotary import Rotary
 from kvpolicy.trace import Header
@@ -39,11 +39,7 @@ def load_weights(model: str | Path | PreTrainedModel, header: Header) -> Weights
         UnsupportedError: transformers is not installed, there is no such model, it is not the
             traced one, or its layers cannot be taken apart exactly.
     """
-    if find_spec("transformers") is None:
-        raise UnsupportedError(
-            "a model's weights need transformers, which is not installed; install the extra hf "
-            "of kvpolicy"
-        )
+    require("transformers", "reading a model's weights")
     from kvpolicy.memory.modules import reason_against, take_apart
 
     loaded = _load(model) if isinstance(model, str | Path) else model
@@ -63,7 +59,7 @@ def _load(path: str | Path) -> PreTrainedModel:
     logging.disable_progress_bar()
     try:
         found = AutoModelForCausalLM.from_pretrained(
-            str(path), dtype=torch.float32, local_files_only=True
+            str(path), dtype=torch.float32, local_files_only=True, use_safetensors=True
         )
     except (OSError, ValueError, KeyError) as error:
         raise UnsupportedError(f"{path}: cannot load a model from it: {error}") from error

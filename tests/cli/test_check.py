@@ -140,7 +140,7 @@ def test_a_host_that_refuses_says_why_and_fails_nothing() -> None:
 
 def test_a_host_that_is_not_installed_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hosts are compared as far as they are there; the others are named."""
-    monkeypatch.setattr("kvpolicy.cli.check_hosts.find_spec", lambda _: None)
+    monkeypatch.setattr("kvpolicy.extras.find_spec", lambda _: None)
     policy = kvpolicy.parse("window:budget=48")
     found = list(compare_hosts(policy, HOSTS, lambda _: None))
     assert [verdict.outcome for verdict in found] == ["agrees", "not installed", "not installed"]

@@ -138,7 +138,7 @@ def test_missing_matplotlib_is_said_first(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Without matplotlib there is one line on what to install, and no work in vain."""
-    monkeypatch.setattr("kvpolicy.page.find_spec", lambda _: None)
+    monkeypatch.setattr("kvpolicy.extras.find_spec", lambda _: None)
     assert main(["replay", trace, "--policy", "h2o:budget=32", *options]) == 2
     captured = capsys.readouterr()
     assert "extra report" in captured.err

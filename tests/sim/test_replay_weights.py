@@ -10,7 +10,6 @@ from fixtures.replays import full_attention, relative_error
 from fixtures.traces import Shape, header_of, random_layers, write_trace
 from kvpolicy import UnsupportedError, parse
 from kvpolicy.trace import Trace
-from kvpolicy_sim import weights as weights_module
 from oracles.dense import parse as read_spec
 from oracles.dense import replay_layer
 from oracles.feedback import first_rows
@@ -111,7 +110,7 @@ def test_missing_weights_are_refused_with_what_to_do(traced, tmp_path, monkeypat
         kvpolicy_sim.replay(path, SPECS[0])
     with pytest.raises(UnsupportedError, match="cannot load a model"):
         kvpolicy_sim.replay(path, SPECS[0], model=tmp_path)
-    monkeypatch.setattr(weights_module, "find_spec", lambda _: None)
+    monkeypatch.setattr("kvpolicy.extras.find_spec", lambda _: None)
     with pytest.raises(UnsupportedError, match="install the extra hf"):
         kvpolicy_sim.replay(path, SPECS[0], model=folder)
 

@@ -21,7 +21,7 @@ from fixtures.small_traces import (
     small_header,
     write_streams,
 )
-from kvpolicy import TraceError
+from kvpolicy import TraceError, UnsupportedError
 from kvpolicy.trace import Trace
 from kvpolicy.trace.export import export_safetensors, free_memory
 from kvpolicy.trace.slice import Selection, Sliced, write_slice
@@ -294,10 +294,10 @@ def test_an_export_without_safetensors_says_so(
     def find_spec(name: str) -> Any:
         return None if name == "safetensors" else sys.modules[name].__spec__
 
-    monkeypatch.setattr(kvpolicy.trace.export.importlib.util, "find_spec", find_spec)
+    monkeypatch.setattr("kvpolicy.extras.find_spec", find_spec)
     with (
         Trace.open(path) as trace,
-        pytest.raises(TraceError, match="needs safetensors, which is not installed"),
+        pytest.raises(UnsupportedError, match="needs safetensors, which is not installed"),
     ):
         export_safetensors(Sliced(trace), tmp_path / "t")
 

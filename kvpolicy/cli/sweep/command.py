@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.markup import escape
 
 from kvpolicy.cli import FAILED
-from kvpolicy.cli.arguments import command_parser, positive, require
+from kvpolicy.cli.arguments import command_parser, positive
 from kvpolicy.cli.output import Output, as_json, count, figure, size, table
 from kvpolicy.cli.pages import add_png, write_pages
 from kvpolicy.cli.sweep.grid import EvalEntry, read_grid
@@ -21,6 +21,7 @@ from kvpolicy.cli.sweep.sources import model_bytes, open_units
 from kvpolicy.cli.sweep.summary import SCHEMA, Summary, summarise
 from kvpolicy.cli.sweep.units import Cost, Unit
 from kvpolicy.errors import PolicyError
+from kvpolicy.extras import require
 from kvpolicy.page import require_matplotlib
 
 EXAMPLES = """
