@@ -61,14 +61,14 @@ class Checkpoint(Vocabulary):
 
 
 def load_checkpoint(path: str, dtype: torch.dtype = torch.float32) -> Checkpoint:
-    """Load a model for evaluation, by default in float32.
+    """Load a model for evaluation, by default in float32; its weights are never unpickled.
 
     Raises:
         UnsupportedError: There is no model that transformers can load.
     """
     logging.disable_progress_bar()
     with _refusing(path):
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(path)
     return Checkpoint(model=model.eval(), tokenizer=tokenizer)
 

@@ -32,8 +32,11 @@ from fixtures.models import (
     random_prompt,
     random_qwen3,
 )
+from fixtures.traces import Shape, header_of
 from kvpolicy import KVPolicyError, PolicyError, ScorePolicy, UnsupportedError, View
 from kvpolicy_hf import PolicyCache
+from kvpolicy_hf.checkpoint import load_checkpoint
+from kvpolicy_sim.weights import load_weights
 
 TINY: dict[str, Any] = {
     "num_hidden_layers": 2,
@@ -422,3 +425,14 @@ def test_other_caches_are_untouched_by_refusals() -> None:
     PolicyCache(small_llama(), "full")
     with torch.no_grad():
         small_llama()(torch.tensor([[1, 2]]), past_key_values=DynamicCache(), softcap=None)
+
+
+def test_weights_in_a_pickle_are_refused(tmp_path):
+    """A folder whose weights would have to be unpickled is no model, for evaluation and replay."""
+    model = random_llama()
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(UnsupportedError, match="cannot load a model"):
+        load_checkpoint(str(tmp_path))
+    with pytest.raises(UnsupportedError, match="cannot load a model"):
+        load_weights(str(tmp_path), header_of(Shape()))
