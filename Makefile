@@ -10,6 +10,7 @@ BENCH_VENV := .venv-bench
 RAY_VENV := .venv-ray
 BROWSER_LIBRARY := .venv-browser
 XFORMERS_VENV := .venv-xformers
+MINIMUM_VENV := .venv-minimum
 DOCS_VENV := .venv-docs
 SITE := docs/_build
 PYTEST_ARGS ?=
@@ -27,8 +28,8 @@ BENCH_PIP_INSTALL := $(BENCH_VENV)/bin/python -m pip $(PIP_OPTIONS)
 OWN_NETWORK := unshare --map-root-user --net --pid --fork --kill-child --mount-proc
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-prometheus test-ray test-browser \
-	test-xformers soak lint format docs bench bench-env ray-env xformers-env clean
+.PHONY: help install demo test test-slow test-release test-minimum test-prometheus test-ray \
+	test-browser test-xformers soak lint format docs bench bench-env ray-env xformers-env clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -43,6 +44,15 @@ test: lint ## lint, check types and run the default test suite
 
 test-slow: $(VENV)/.installed ## run the slow tests only
 	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+# Online, as a stranger's installation is: pip resolves what the wheel asks for.
+test-release: $(VENV)/.installed ## install the wheel from the package index and use it
+	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m pytest -m release tests/test_clean_environment.py $(PYTEST_ARGS)
+
+# Old releases warn about each other, which says nothing about us.
+test-minimum: $(MINIMUM_VENV)/.installed ## test on the oldest releases promised; PYTHON= chooses Python
+	@$(OFFLINE) $(ONE_THREAD) $(MINIMUM_VENV)/bin/python -m pytest -o filterwarnings=default \
+		tests/core tests/trace tests/sim $(wildcard tests/integrations/test_hf_*.py) $(PYTEST_ARGS)
 
 test-prometheus: $(VENV)/.installed ## let a real Prometheus scrape a server; needs its program
 	@command -v "$${PROMETHEUS:-prometheus}" >/dev/null || { \
@@ -142,6 +152,15 @@ $(BENCH_VENV)/.installed: tests/bench/requirements-kvpress.txt
 		rm -rf $(BENCH_VENV); exit 1; }
 	@$(BENCH_PIP_INSTALL) --no-deps -r $<
 	@$(BENCH_PIP_INSTALL) "$$(grep '^torch==' $<)"
+	@touch $@
+
+$(MINIMUM_VENV)/.installed: tests/requirements-minimum.txt pyproject.toml
+	@[ -n "$(PYTHON)" ] || { \
+		echo "kvpolicy needs Python 3.11, 3.12 or 3.13; set PYTHON=/path/to/python" >&2; exit 1; }
+	@echo "building $(MINIMUM_VENV) with $$($(PYTHON) --version): the oldest releases promised"
+	@rm -rf $(MINIMUM_VENV)
+	@$(PYTHON) -m venv $(MINIMUM_VENV) || { rm -rf $(MINIMUM_VENV); exit 1; }
+	@$(MINIMUM_VENV)/bin/python -m pip $(PIP_OPTIONS) -r $< -e ".[hf,sim,report,testing]"
 	@touch $@
 
 # --- environments above .venv: its packages, and one more -------------------------------------

@@ -5,11 +5,14 @@ import importlib.util
 import os
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from fixtures.installations import ROOT, build
 
 # Set before anything imports a host: the hosts read them once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -35,6 +38,13 @@ settings.register_profile(
 settings.load_profile("kvpolicy")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Declare what rewrites a file that was reviewed."""
+    parser.addoption(
+        "--write-api", action="store_true", help="rewrite tests/core/public_api.txt: review it"
+    )
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip, with the reason, what this machine cannot run."""
     lacks_gpu = not torch.cuda.is_available()
@@ -49,6 +59,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_unconfigure() -> None:
     """Let the process end: vLLM looks for garbage twice with every engine that ends at exit."""
     gc.collect = lambda *_: 0
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sdist and wheel of the tree."""
+    out = tmp_path_factory.mktemp("dist")
+    build(ROOT, out)
+    return out
 
 
 @pytest.fixture(autouse=True)

