@@ -6,10 +6,13 @@ numpy arrays and torch tensors share, so one definition serves schedulers and ke
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 Prompts = Literal["stream", "bulk", "keep"]
 """What a law makes of a prompt: tokens like others, one eviction at its end, or never evicted."""
+
+N = TypeVar("N", bound=Any)
+"""An integer, or an array or tensor of them."""
 
 
 @dataclass(frozen=True)
@@ -80,14 +83,14 @@ class Occupancy:
         prompt = self.prompt_tokens or 0
         return max(prompt, self.token_capacity) if n < prompt else self.token_capacity
 
-    def evicted(self, n: Any) -> Any:
+    def evicted(self, n: N) -> N:
         """Tokens evicted once n tokens were processed (int or integer tensor)."""
         if self.retained is None:
             return n * 0
         origin = self._origin
         return (n >= origin) * (n - self.retained - (n - origin) % self.interval)
 
-    def held(self, n: Any) -> Any:
+    def held(self, n: N) -> N:
         """Token slots held once n tokens were processed (int or integer tensor)."""
         return n - self.evicted(n)
 

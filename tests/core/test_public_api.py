@@ -8,6 +8,26 @@ import pytest
 
 import kvpolicy
 
+ROOT = Path(__file__).parents[2]
+
+
+def test_names_and_signatures_are_those_reviewed(request: pytest.FixtureRequest) -> None:
+    """Proves that no public name, member or signature of any package changes unseen."""
+    reviewed = Path(__file__).with_name("public_api.txt")
+    script = [sys.executable, "fixtures/public_api.py", str(ROOT / "docs" / "reference")]
+    done = subprocess.run(script, cwd=ROOT / "tests", capture_output=True, text=True, check=True)
+    if request.config.getoption("--write-api"):
+        reviewed.write_text(done.stdout, encoding="utf-8")
+    assert done.stdout == reviewed.read_text("utf-8"), "a change that is meant: --write-api"
+
+
+def test_doors_of_every_package_are_reviewed() -> None:
+    """Proves that the reviewed list covers each package, and more than its door where there is."""
+    text = Path(__file__).with_name("public_api.txt").read_text("utf-8")
+    modules = {line for line in text.splitlines() if line and not line.startswith(" ")}
+    packages = {"kvpolicy", "kvpolicy_hf", "kvpolicy_sim", "kvpolicy_vllm", "kvpolicy_xformers"}
+    assert packages | {"kvpolicy.testing", "kvpolicy.trace"} <= modules
+
 
 def test_all_is_sorted_and_importable() -> None:
     """Proves that every public name exists, once: constants, then classes, then functions."""
