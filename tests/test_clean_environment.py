@@ -160,6 +160,7 @@ LACKING = {
     "demo": "vllm",
     "serve bundled --kv-policy window:budget=64": "vllm",
     "check window": "hypothesis",
+    "sweep grid.toml --out swept": "matplotlib",
     "sweep grid.toml --out swept --engine ray": "ray",
     "replay t.kvtrace --policy window:budget=32 --oracle": "numba",
     "replay t.kvtrace --policy window:budget=32 --html r.html": "matplotlib",

@@ -368,7 +368,7 @@ def test_failures_stand_on_the_page(folder):
 
 def test_a_page_that_cannot_be_drawn_stops_a_sweep_before_it_runs(folder, monkeypatch, capsys):
     """Without matplotlib nothing is computed; a dry run needs none."""
-    monkeypatch.setattr("kvpolicy.page.find_spec", lambda _: None)
+    monkeypatch.setattr("kvpolicy.extras.find_spec", lambda _: None)
     assert sweep(folder, GRID, "--dry-run") == 0
     assert sweep(folder) == 2
     assert "extra report" in capsys.readouterr().err

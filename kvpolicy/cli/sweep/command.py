@@ -13,7 +13,6 @@ from kvpolicy.cli.arguments import command_parser, positive
 from kvpolicy.cli.output import Output, as_json, count, figure, size, table
 from kvpolicy.cli.pages import add_png, write_pages
 from kvpolicy.cli.sweep.grid import EvalEntry, read_grid
-from kvpolicy.cli.sweep.page import document
 from kvpolicy.cli.sweep.pool import Outcome, run_locally
 from kvpolicy.cli.sweep.report import show
 from kvpolicy.cli.sweep.results import FILE, Results, exclusive
@@ -69,6 +68,8 @@ def run(arguments: Sequence[str]) -> int:
         _estimate(options, units, Results(folder), output)
         return 0
     require_matplotlib()
+    from kvpolicy.cli.sweep.page import document
+
     with exclusive(folder):
         results = Results(folder, is_writing=True)
         _compute(options, units, results, output)
