@@ -1,13 +1,15 @@
 """Every block of Python and every command that the pages show, run."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from fixtures.documents import ROOT, Block, blocks_of, pages
+from fixtures.documents import ROOT, Block, blocks_of, indented, pages
 from fixtures.following import SHELLS, SLOW, Follower, commands_of, follower, is_run, needs_vllm
 from kvpolicy.cli import main
+from kvpolicy.testing import check_policy
 
 FOLLOWED_ELSEWHERE = {"docs/tutorial/your-first-policy.md": "tests/docs/test_tutorial.py"}
 """Pages with a test of their own, which does more."""
@@ -22,15 +24,14 @@ def named(page: Path) -> str:
 
 def is_slow(block: Block) -> bool:
     """Whether a block starts processes."""
+    if block.note.startswith("slow, "):
+        return True
+    if not is_run(block) or block.language not in ("python", *SHELLS):
+        return False
     if block.language == "python":
-        return block.note.startswith("slow, ") or (is_run(block) and needs_vllm(block))
-    return (
-        block.language in SHELLS
-        and is_run(block)
-        and any(
-            f"kvpolicy {name} " in command for command, _ in commands_of(block) for name in SLOW
-        )
-    )
+        return needs_vllm(block)
+    programs = (command.split()[:2] for command, _ in commands_of(block))
+    return any(program == ["kvpolicy", name] for program in programs for name in SLOW)
 
 
 FOLLOWED = [
@@ -81,6 +82,15 @@ def test_blocks_say_what_they_are(page: Path) -> None:
         word, _, reason = block.note.partition(", ")
         assert not block.note or word.split()[0] in ("none", "slow", "exit", "file"), block
         assert word not in ("none", "slow") or len(reason) > 10, block
+    assert not [text for text in indented(page) if re.match(r"kvpolicy |import |from ", text)]
+
+
+def test_policies_that_pages_show_keep_the_contract(reader: Follower) -> None:
+    """What authors are told to write passes the checks; the page's bad example fails elsewhere."""
+    reader.follow([*blocks_of(ROOT / "docs" / "how-to" / "write-a-policy.md")])
+    shown = reader.namespace
+    for policy in (shown["RowTimesKeyNorm"](budget=8), shown["policy"], shown["Digest"](budget=12)):
+        check_policy(policy, examples=1)
 
 
 def test_pages_that_are_followed_elsewhere_are() -> None:
