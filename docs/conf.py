@@ -8,7 +8,7 @@ reference/api; the order of the site stands in toc.yml.
 import importlib
 import sys
 import warnings
-from inspect import isclass
+from inspect import getdoc, isclass
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +59,9 @@ copybutton_exclude = ".linenos, .gp, .go"
 # --- docstrings ------------------------------------------------------------------------------
 
 napoleon_numpy_docstring = False
-napoleon_use_ivar = True
-napoleon_attr_annotations = True
-autodoc_default_options = {"members": True, "show-inheritance": True}
+napoleon_use_ivar = False
+napoleon_attr_annotations = False
+autodoc_default_options = {"members": True}
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
@@ -97,8 +97,9 @@ html_css_files = ["kvpolicy.css"]
 html_additional_pages = {"index": "to-docs.html"}
 html_copy_source = False
 html_show_sphinx = False
-pygments_style = "friendly"
-pygments_dark_style = "github-dark"
+# What commands print is as easy to read as what is typed.
+pygments_style = "a11y-light"
+pygments_dark_style = "a11y-high-contrast-dark"
 
 # --- public names ----------------------------------------------------------------------------
 
@@ -143,10 +144,18 @@ def show_colons(
     lines[:] = [line.replace(HIDDEN_COLON, ":") for line in lines]
 
 
+def skip_numbered_fields(
+    app: Sphinx, what: str, name: str, found: object, skip: bool, options: object
+) -> bool | None:
+    """Leave fields of named tuples to the docstring of their class."""
+    return True if (getdoc(found) or "").startswith("Alias for field number") else None
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     """Sphinx's hook."""
     app.add_lexer("promql", TextLexer)  # Pygments' own stops at names such as vllm:requests
     app.connect("missing-reference", link_to_the_door)
+    app.connect("autodoc-skip-member", skip_numbered_fields)
     app.connect("autodoc-process-docstring", hide_colons, priority=400)  # napoleon has 500
     app.connect("autodoc-process-docstring", show_colons, priority=600)
     return {"parallel_read_safe": True}

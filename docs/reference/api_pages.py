@@ -255,7 +255,8 @@ def _directive(door: Door, name: str) -> str:
         return f"``{path}`` is :py:obj:`{home}`.\n"
     if isclass(found):
         kind = "exception" if issubclass(found, BaseException) else "class"
-        return f".. auto{kind}:: {path}\n"
+        inherits = "" if found.__base__ is object else "   :show-inheritance:\n"
+        return f".. auto{kind}:: {path}\n{inherits}"
     if isroutine(found):
         return f".. autofunction:: {path}\n"
     return f".. py:data:: {path}\n\n   {CONSTANTS[name]}\n"
