@@ -73,10 +73,10 @@ COMMANDS = {
     "eval": [
         "eval --policy window:budget=16 --context 48 --samples 2",
         "eval --task passkey --policy window:budget=16 --context 96 --samples 2",
-        "eval --task reuse --policy window:budget=64 --context 1024 --samples 1",
+        "eval --task reuse --pairs 2 --policy window:budget=16 --context 192 --samples 1",
         "eval --task recall --pairs 2 --policy window:budget=16 --context 128 --samples 2",
         "eval --task needle --policy window:budget=16 --context 192 --samples 2",
-        "eval --task repeat --policy window:budget=64 --context 1024 --samples 1",
+        "eval --task repeat --policy window:budget=16 --context 192 --samples 1",
     ],
 }
 """What is run for each table; the rest takes longer."""
