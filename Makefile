@@ -110,7 +110,7 @@ xformers-env: $(XFORMERS_VENV)/.installed ## build .venv-xformers: xformers abov
 	@:
 
 clean: ## remove caches and build results; the environments stay
-	rm -rf dist build .pytest_cache .ruff_cache .hypothesis
+	rm -rf dist build $(SITE) .pytest_cache .ruff_cache .hypothesis
 	find . -name '.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- the environment, in three stamped steps --------------------------------------------------

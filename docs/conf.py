@@ -26,8 +26,6 @@ from api_pages import doors, public_names, stand_in_for_xformers  # noqa: E402
 # It asks every object that Python knows for its class, torch's deprecated ones included.
 warnings.filterwarnings("ignore", category=FutureWarning, module="sphinx_external_toc")
 
-# --- what is on the site ---------------------------------------------------------------------
-
 project = "kvpolicy"
 author = "the kvpolicy authors"
 project_copyright = f"{author}, Apache-2.0"
@@ -47,16 +45,12 @@ extensions = [
 ]
 external_toc_path = "docs/toc.yml"
 
-# --- Markdown --------------------------------------------------------------------------------
-
 # Headings get the anchors that GitHub gives them.
 myst_heading_anchors = 4
 # tests/docs/test_pages.py says which pages need no place in the order.
-suppress_warnings = ["myst.header", "toc.not_included"]
+suppress_warnings = ["toc.not_included"]
 copybutton_prompt_text = "$ "
 copybutton_exclude = ".linenos, .gp, .go"
-
-# --- docstrings ------------------------------------------------------------------------------
 
 napoleon_numpy_docstring = False
 napoleon_use_ivar = False
@@ -87,8 +81,6 @@ nitpick_ignore_regex = [
     (r"py:.*", INSIDE),
 ]
 
-# --- looks -----------------------------------------------------------------------------------
-
 html_theme = "furo"
 html_title = "kvpolicy"
 html_static_path = ["site/static"]
@@ -100,8 +92,6 @@ html_show_sphinx = False
 # What commands print is as easy to read as what is typed.
 pygments_style = "a11y-light"
 pygments_dark_style = "a11y-high-contrast-dark"
-
-# --- public names ----------------------------------------------------------------------------
 
 
 def doors_of_objects() -> dict[str, str]:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fixtures.documents import ROOT, Block, blocks_of, indented, pages
-from fixtures.following import SHELLS, SLOW, Follower, commands_of, follower, is_run, needs_vllm
+from fixtures.documents import ROOT, Block, blocks_of, commands_of, indented, pages
+from fixtures.following import SHELLS, SLOW, Follower, follower, is_run, needs_vllm
 from kvpolicy.cli import main
 from kvpolicy.testing import check_policy
 
