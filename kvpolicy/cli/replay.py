@@ -48,7 +48,10 @@ CAVEAT = (
 
 def run(arguments: Sequence[str]) -> int:
     """Replay a trace."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.tokenizer is not None and not options.html:
+        parser.error("--tokenizer is for the text on a page; add --html, or drop it")
     policies = with_baselines(with_budgets(options.policy, options.budgets or ()))
     output = page_output(options, inputs=[options.trace])
     with Trace.open(options.trace) as trace:

@@ -80,7 +80,7 @@ def test_replay_writes_its_pictures(trace: str, tmp_path: Path) -> None:
 def test_tokenizer_is_named_for_other_models(
     trace: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """--tokenizer takes a folder or a file; another one than the trace's is refused."""
+    """--tokenizer takes a folder or a file; it is refused if not the trace's, or without a page."""
     target = tmp_path / "r.html"
     base = ["replay", trace, "--policy", "h2o:budget=32", "--html", str(target), "--tokenizer"]
     assert main([*base, bundled_model()]) == 0
@@ -91,6 +91,8 @@ def test_tokenizer_is_named_for_other_models(
     assert main([*base, str(other)]) == 2
     assert "another tokenizer" in capsys.readouterr().err
     assert not target.exists()
+    assert main(["replay", trace, "--policy", "h2o:budget=32", "--tokenizer", str(other)]) == 2
+    assert "add --html" in capsys.readouterr().err
 
 
 def test_text_that_cannot_be_read_is_said_to_be_missing(
