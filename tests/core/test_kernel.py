@@ -28,6 +28,7 @@ SPECS = (
     "keydiff:budget=12,interval=3",
     "random:budget=12,interval=2",
     "bswa:block=4,segments=2",
+    "mix:layers=(0:window;1-:h2o),budget=12",
 )
 TOKENS, PROMPT = 70, 20
 

@@ -17,6 +17,7 @@ SPECS = (
     "h2o:budget=16,interval=4,scope=layer",
     "tova:budget=16",
     "random:budget=16,seed=7",
+    "mix:layers=(0:window;1-:h2o),budget=12",
 )
 B, H, H_KV, D, TOKENS = 2, 4, 2, 16, 80
 
