@@ -184,7 +184,7 @@ class Document:
 
 def slug(text: str) -> str:
     """Text as addresses and names of files have it; numbers keep their digits together."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower().replace(",", "")).strip("-")[:80]
+    return re.sub(r"[^a-z0-9]+", "-", text.lower().replace(",", "")).strip("-")
 
 
 def _address(theme: Theme, figure: "Figure") -> str:

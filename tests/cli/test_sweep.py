@@ -357,6 +357,20 @@ def test_the_page_has_a_section_per_source(folder, capsys):
     assert names == ["replay-t-kvtrace-2.png", "replay-t-kvtrace.png"]
 
 
+def test_long_and_foreign_names_are_told_apart(folder):
+    """Sources whose names agree in all that an address may hold have sections of their own."""
+    names = [f"{'x' * 100}{n}.kvtrace" for n in range(2)] + ["\u9053", "\u8def"]
+    for name in names:
+        make_trace(folder, name)
+    grid = f'policies = ["window:budget=8"]\n[[replay]]\ntraces = {json.dumps(names)}'
+    assert sweep(folder, grid, "--png", str(folder / "png")) == 0
+    page = parse_page((folder / "out" / "summary.html").read_text("utf-8"))
+    ids = [section.attributes["id"] for section in page.all("section")]
+    assert ids == ["x" * 72, f"{'x' * 72}-2", "2", "3"]
+    assert [section.first("h2").text for section in page.all("section")] == names
+    assert len([*(folder / "png").iterdir()]) == len(names)
+
+
 def test_failures_stand_on_the_page(folder):
     """A unit that failed is named with its error, beside what others found."""
     grid = f'policies = ["{path_of(Failing)}:budget=8"]\n[[replay]]\ntraces = ["t.kvtrace"]'

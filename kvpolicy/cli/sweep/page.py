@@ -15,6 +15,9 @@ from kvpolicy.page.markup import Markup, amount, figure, join
 from kvpolicy.page.tables import plain_table
 from kvpolicy.registry import parse
 
+_LONGEST = 72
+"""Characters of a short name, after which files of pictures are called."""
+
 
 def document(summary: Summary, title: str) -> Document:
     """The page of a sweep.
@@ -45,13 +48,13 @@ def document(summary: Summary, title: str) -> Document:
 def _named(
     found: Iterable[ReplayFound | EvalFound],
 ) -> Iterator[tuple[ReplayFound | EvalFound, str]]:
-    """Sources with what they are called, numbered where two are called alike."""
-    taken = {"failures"}
+    """Sources with short names, numbered where two are called alike."""
+    taken = {"", "failures"}
     for each in found:
-        name, number = each.source.label, 1
+        name, number = each.source.label[:_LONGEST], 1
         while slug(name) in taken:
             number += 1
-            name = f"{each.source.label} ({number})"
+            name = f"{each.source.label[:_LONGEST]} ({number})"
         taken.add(slug(name))
         yield each, name
 
@@ -68,7 +71,8 @@ def _replay(found: ReplayFound, name: str) -> Section:
         plain_table(f"Replays of {name}", ["policy", *columns], rows),
         *_mass(found, name),
     ]
-    return Section(name, _sentence(CAVEAT.format(level=found.source.entry.level)), content)
+    introduction = _sentence(CAVEAT.format(level=found.source.entry.level))
+    return Section(found.source.label, introduction, content, short=name)
 
 
 def _mass(found: ReplayFound, name: str) -> list[Picture]:
@@ -111,7 +115,8 @@ def _evaluation(found: EvalFound, name: str) -> Section:
     picture = quality_picture(found.evaluation)
     if picture is not None:
         content.append(replace(picture, name=f"eval-{slug(name)}"))
-    return Section(name, _sentence(legend(found.evaluation, is_sweep=False)), content)
+    introduction = _sentence(legend(found.evaluation, is_sweep=False))
+    return Section(found.source.label, introduction, content, short=name)
 
 
 def _sentence(remark: str) -> str:
